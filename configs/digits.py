@@ -1,0 +1,31 @@
+"""A Wide-ResNet of depth 100 on scikit-learn's 8x8 images of digits."""
+
+from ml_collections import ConfigDict
+
+from skipinit_jax.training.config import default_config
+
+
+def get_config() -> ConfigDict:
+  config = default_config()
+  config.batch_size = 32
+  config.eval_batch_size = 360
+  config.epochs = 20.0
+  config.eval_every_epochs = 5.0
+  config.log_every_steps = 45
+  config.checkpoint_every_steps = 450
+  config.allow_cpu = True
+
+  config.model.name = 'wide_resnet'
+  config.model.depth = 100
+  config.model.width = 1
+  config.model.biases = True
+  config.model.classifier_init = 'zero'
+  config.model.statistics_group = 'all'
+
+  config.data.name = 'digits'
+  config.data.shift = 1
+
+  config.optimizer.learning_rate = 2.0**-5
+  config.optimizer.l2 = 0.0
+  config.schedule.name = 'cosine'
+  return config

@@ -1,0 +1,19 @@
+"""SkipInit in JAX and Flax: deep residual networks without normalization."""
+
+from skipinit_jax.models import METHODS as METHODS
+from skipinit_jax.models import Join as Join
+from skipinit_jax.models import ResNet as ResNet
+from skipinit_jax.models import ResNet18 as ResNet18
+from skipinit_jax.models import ResNet34 as ResNet34
+from skipinit_jax.models import ResNet50 as ResNet50
+from skipinit_jax.models import ResNet101 as ResNet101
+from skipinit_jax.models import ResNet152 as ResNet152
+from skipinit_jax.models import ResNet200 as ResNet200
+from skipinit_jax.models import SkipInit as SkipInit
+from skipinit_jax.models import SkipInitConv as SkipInitConv
+from skipinit_jax.models import SkipInitDense as SkipInitDense
+from skipinit_jax.models import WideResNet as WideResNet
+from skipinit_jax.models import decay_mask as decay_mask
+from skipinit_jax.models import param_labels as param_labels
+
+__version__ = '0.1.0'

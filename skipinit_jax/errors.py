@@ -1,0 +1,20 @@
+"""What this package says about bad input: one line, for people."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+  """Bad input; the message is one line that names the value and the remedy."""
+
+
+def unknown(what: str, value: object, known: Iterable[str]) -> str:
+  """A line for a name that is not in a table, with the nearest that is.
+
+  >>> unknown('method', 'skipint', ['batchnorm', 'skipinit'])
+  "unknown method 'skipint'; did you mean 'skipinit'? (one of: batchnorm, skipinit)"
+  """
+  known = list(known)
+  nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+  hint = f'; did you mean {nearest[0]!r}?' if nearest else ''
+  return f'unknown {what} {value!r}{hint} (one of: {", ".join(known)})'

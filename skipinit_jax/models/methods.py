@@ -1,0 +1,128 @@
+"""What distinguishes one way of training a residual network from another."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from flax import linen as nn
+
+from skipinit_jax.errors import InputError, unknown
+
+Initializer = Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """Everything a method says; the networks read these fields, never a name.
+
+  Attributes:
+    normalize: batch normalization in every residual branch.
+    alpha: initial value of the learnable scalar at the end of every branch, a
+      number or '1/sqrt(d)' for d residual blocks; None for no scalar.
+    gain: factor on the output of every block, skip path included.
+    fixup_block: Fixup's post-activation block in place of the pre-activation.
+    scalar_biases: Fixup's scalar bias before each layer and activation.
+    kernel_fan: the fan of He's initialization, 'fan_in' or 'fan_out'.
+    rescale: multiplies the standard deviation of the kernels inside a branch
+      by d^(-1/(2m-2)) for m layers a branch (Fixup's second rule).
+    zero_last: starts the last kernel of every branch at zero (Fixup's first).
+    zero_classifier: starts the classifier at zero, unless the network says
+      otherwise.
+    scalar_rate: learning rate of alpha and of the scalar biases as a share of
+      the recipe's rate before it is scaled with the batch; None: as the rest.
+  """
+
+  normalize: bool = False
+  alpha: float | str | None = None
+  gain: float = 1.0
+  fixup_block: bool = False
+  scalar_biases: bool = False
+  kernel_fan: str = 'fan_in'
+  rescale: bool = False
+  zero_last: bool = False
+  zero_classifier: bool = False
+  scalar_rate: float | None = None
+
+  def alpha_value(self, num_blocks: int) -> float | None:
+    """The scalar's initial value in a network of `num_blocks` blocks."""
+    if self.alpha is None:
+      return None
+    if self.alpha == '1/sqrt(d)':
+      return num_blocks**-0.5
+    try:
+      value = float(self.alpha)
+    except ValueError:
+      value = math.nan
+    if not math.isfinite(value):
+      raise InputError(
+        f"alpha={self.alpha!r}: expected a finite number or '1/sqrt(d)'"
+      )
+    return value
+
+
+METHODS: dict[str, Method] = {
+  'batchnorm': Method(normalize=True),
+  # De & Smith 2020: alpha at 0, or at most 1/sqrt(d).
+  'skipinit': Method(alpha=0.0),
+  # Zhang, Dauphin, Ma 2019, and the rates of its authors' code.
+  'fixup': Method(
+    alpha=1.0,
+    fixup_block=True,
+    scalar_biases=True,
+    kernel_fan='fan_out',
+    rescale=True,
+    zero_last=True,
+    zero_classifier=True,
+    scalar_rate=0.1,
+  ),
+  # De & Smith 2020, table 2: the whole block divided by sqrt(2).
+  'divide_sqrt2': Method(gain=2**-0.5),
+  'none': Method(),
+}
+
+
+def resolve_method(
+  method: str | Method, alpha: float | str | None = None
+) -> Method:
+  """Looks a method up, with another initial value of its scalar if given.
+
+  Raises:
+    InputError: for an unknown name, or an `alpha` for a method without one.
+  """
+  if not isinstance(method, Method):
+    if method not in METHODS:
+      raise InputError(unknown('method', method, METHODS))
+    name, method = method, METHODS[method]
+  else:
+    name = 'this method'
+  if alpha is None:
+    return method
+  if method.alpha is None:
+    having = ' or '.join(n for n, m in METHODS.items() if m.alpha is not None)
+    raise InputError(
+      f'alpha={alpha!r} was given, but {name} has no such scalar; '
+      f'expected {having}, or alpha left out'
+    )
+  return dataclasses.replace(method, alpha=alpha)
+
+
+def he_normal(fan: str = 'fan_in') -> Initializer:
+  """He's initialization: normal, variance 2 / fan (He et al. 2015)."""
+  return nn.initializers.variance_scaling(2.0, fan, 'normal')
+
+
+def fixup_kernel_init(
+  num_branches: int, branch_layers: int, fan: str = 'fan_out'
+) -> Initializer:
+  """Fixup's second rule for the kernels inside a branch but its last.
+
+  He's initialization with a standard deviation times L^(-1/(2m-2)), for L
+  branches of m layers each (Zhang, Dauphin, Ma 2019, algorithm, step 2).
+  """
+  if num_branches < 1 or branch_layers < 2:
+    raise InputError(
+      f'Fixup needs at least one branch of at least two layers, got '
+      f'num_branches={num_branches}, branch_layers={branch_layers}'
+    )
+  variance = 2.0 * num_branches ** (-1 / (branch_layers - 1))
+  return nn.initializers.variance_scaling(variance, fan, 'normal')

@@ -1,0 +1,89 @@
+"""Which parameters decay, and which have a rate of their own, by leaf name."""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+
+from skipinit_jax.errors import InputError, unknown
+
+# Leaf name -> what it is. Total for every network of this package.
+LEAVES = {
+  'kernel': 'kernels of convolutions and dense layers',
+  'bias': 'bias vectors, those of batch normalization included',
+  'scale': "batch normalization's scales",
+  'alpha': "the residual branches' scalars, Fixup's multipliers included",
+  'scalar_bias': "Fixup's scalar biases",
+}
+
+
+def param_labels(params: Any, *, other: str | None = None) -> Any:
+  """The leaf name of every parameter, a key of `LEAVES`.
+
+  Args:
+    params: nested dicts of arrays.
+    other: 'decay' or 'no_decay', the label of leaves that `LEAVES` lacks; None
+      makes them an error.
+
+  Returns:
+    A tree of str like `params`.
+
+  Raises:
+    InputError: an unknown leaf and no `other`; names the leaf.
+
+  >>> param_labels({'block1': {'conv2': {'kernel': 0, 'alpha': 0}}})
+  {'block1': {'conv2': {'kernel': 'kernel', 'alpha': 'alpha'}}}
+  """
+  if other not in (None, 'decay', 'no_decay'):
+    raise InputError(f"other={other!r}: expected 'decay' or 'no_decay'")
+
+  def label(path, _):
+    leaf = jax.tree_util.keystr(path[-1:], simple=True)
+    if leaf in LEAVES:
+      return leaf
+    if other is None:
+      where = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise InputError(
+        f'parameter {where!r} has the unknown leaf name {leaf!r}; known are '
+        f"{', '.join(LEAVES)}; other='decay' or other='no_decay' settles it"
+      )
+    return other
+
+  return jax.tree_util.tree_map_with_path(label, params)
+
+
+def decay_mask(
+  params: Any,
+  *,
+  decay: Collection[str] = ('kernel',),
+  other: str | None = None,
+) -> Any:
+  """True for the parameters that L2 regularization applies to.
+
+  Args:
+    params: nested dicts of arrays.
+    decay: leaf names that decay, keys of `LEAVES`. Kernels by default: De &
+      Smith 2020 leave this open, and a decayed scalar is pulled back to the
+      identity.
+    other: see `param_labels`.
+
+  Returns:
+    A tree of bool like `params`, for `optax.add_decayed_weights(l2, mask)`.
+  """
+  for name in decay:
+    if name not in LEAVES:
+      raise InputError(unknown('leaf name in decay', name, LEAVES))
+  decays = {*decay, 'decay'}
+  return jax.tree.map(
+    lambda label: label in decays, param_labels(params, other=other)
+  )
+
+
+def count_parameters(params: Any) -> dict[str, tuple[int, int]]:
+  """Number of arrays and of their elements for every leaf name, as found."""
+  counts: dict[str, tuple[int, int]] = {}
+  labels = jax.tree.leaves(param_labels(params, other='no_decay'))
+  for label, leaf in zip(labels, jax.tree.leaves(params), strict=True):
+    arrays, elements = counts.get(label, (0, 0))
+    counts[label] = arrays + 1, elements + leaf.size
+  return counts

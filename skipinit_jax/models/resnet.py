@@ -1,0 +1,252 @@
+"""Residual networks: ResNet V2 of any size, and Wide-ResNets."""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+
+from skipinit_jax.errors import InputError
+from skipinit_jax.models.blocks import FixupBlock, ResidualBlock, make_layers
+from skipinit_jax.models.methods import (
+  Initializer,
+  Method,
+  he_normal,
+  resolve_method,
+)
+from skipinit_jax.models.stages import Stage
+
+KERNEL_SIZES = {False: (3, 3), True: (1, 3, 1)}
+
+
+class ResNet(nn.Module):
+  """A residual network without (or with) batch normalization.
+
+  With `fixup` the blocks are its authors' post-activation blocks; with every
+  other method they are the pre-activation blocks of ResNet V2. Call it as
+  `model.apply(variables, images, train=True, rngs={'dropout': key})`.
+
+  Attributes:
+    stage_sizes: residual blocks in each stage; every stage after the first
+      halves the image and doubles the channels.
+    bottleneck: branches of 1x1, 3x3, 1x1 convolutions with four times the
+      channels at the end, in place of two 3x3 convolutions.
+    num_classes: of the classifier; None returns the pooled features.
+    method: a name in `METHODS`, or a `Method`.
+    alpha: initial value of the scalar, a number or '1/sqrt(d)' for d residual
+      blocks; None: the method's own.
+    biases: bias vectors on every convolution but the stem.
+    dropout: rate of Dropout on the pooled features.
+    classifier_init: of the classifier's kernel; None: zero where the method
+      starts it at zero, else He normal.
+    features: channels of the first stage's 3x3 convolutions.
+    stem_features: channels of the stem.
+    small_images: a 3x3 stem, and Fixup's CIFAR shortcuts, in place of a 7x7
+      stem of stride 2 with a max-pool.
+    scan: equal blocks of a stage as one scanned block; see `stages`.
+    remat: recompute blocks in the backward pass; see `stages`.
+    statistics_group: images that share batch statistics; None: the whole batch
+      of one call. Only read where the method normalizes.
+    axis_name: mapped axis over which to average batch statistics, or None.
+    dtype: of the computation; None: that of images and parameters. The
+      pooled features and the logits are float32 at least.
+    param_dtype: of the parameters.
+  """
+
+  stage_sizes: Sequence[int]
+  bottleneck: bool = False
+  num_classes: int | None = 1000
+  method: str | Method = 'skipinit'
+  alpha: float | str | None = None
+  biases: bool = False
+  dropout: float = 0.0
+  classifier_init: Initializer | None = None
+  features: int = 64
+  stem_features: int = 64
+  small_images: bool = False
+  scan: bool = False
+  remat: bool = False
+  statistics_group: int | None = None
+  axis_name: str | None = None
+  dtype: Dtype | None = None
+  param_dtype: Dtype = 'float32'
+
+  @property
+  def num_blocks(self) -> int:
+    """Residual blocks in the network, d in 1/sqrt(d)."""
+    return sum(self.stage_sizes)
+
+  @nn.compact
+  def __call__(
+    self,
+    images: jax.Array,
+    *,
+    train: bool,
+    first_example: jax.Array | int = 0,
+  ) -> jax.Array:
+    """Computes the logits.
+
+    Args:
+      images: (batch, height, width, channels), floating, normalized.
+      train: use batch statistics and Dropout.
+      first_example: index of images[0] in the batch that these images were cut
+        from. Dropout draws its masks by example, so that cutting a batch over
+        devices or into micro-batches changes nothing.
+
+    Returns:
+      Logits (batch, num_classes), or features (batch, channels) if num_classes
+      is None; float32 unless the parameters are wider.
+
+    Raises:
+      InputError: images of another rank or dtype, or an unknown method.
+    """
+    _check_images(images)
+    method = resolve_method(self.method, self.alpha)
+    kernel_sizes = KERNEL_SIZES[self.bottleneck]
+    layers = make_layers(
+      method,
+      num_blocks=self.num_blocks,
+      branch_layers=len(kernel_sizes),
+      biases=self.biases,
+      statistics_group=self.statistics_group,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
+    if method.fixup_block:
+      block = functools.partial(
+        FixupBlock, pooled_shortcut=self.small_images
+      )
+    else:
+      block = ResidualBlock
+
+    size, strides = (3, 1) if self.small_images else (7, 2)
+    x = layers.conv(
+      self.stem_features, (size, size), strides, use_bias=False, name='stem'
+    )(images)
+    if method.fixup_block:
+      x = nn.relu(layers.scalar_bias('bias1')(x))
+    if not self.small_images:
+      x = nn.max_pool(x, (3, 3), (2, 2), 'SAME')
+
+    for i, stage_size in enumerate(self.stage_sizes):
+      width = self.features * 2**i
+      out = (width, width, 4 * width) if self.bottleneck else (width, width)
+      x = Stage(
+        functools.partial(
+          block, features=out, kernel_sizes=kernel_sizes, layers=layers
+        ),
+        size=stage_size,
+        strides=1 if i == 0 else 2,
+        scan=self.scan,
+        remat=self.remat,
+        name=f'stage{i + 1}',
+      )(x, train=train)
+
+    if not method.fixup_block:
+      x = nn.relu(layers.norm('norm')(x, train=train))
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+    if method.fixup_block:
+      x = layers.scalar_bias('bias2')(x)
+    if self.num_classes is None:
+      return x
+    if train and self.dropout > 0:
+      x = drop_by_example(
+        self.make_rng('dropout'), x, self.dropout, first_example
+      )
+    init = self.classifier_init
+    if init is None:
+      zero = method.zero_classifier
+      init = nn.initializers.zeros if zero else he_normal()
+    return nn.Dense(
+      self.num_classes,
+      kernel_init=init,
+      param_dtype=self.param_dtype,
+      name='classifier',
+    )(x)
+
+
+def _check_images(images: jax.Array) -> None:
+  if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+    raise InputError(
+      'images must be floating and of shape (batch, height, width, channels), '
+      f'got {images.dtype} of shape {images.shape}'
+    )
+
+
+def drop_by_example(
+  key: jax.Array, x: jax.Array, rate: float, first_example: jax.Array | int
+) -> jax.Array:
+  """Dropout whose mask of example i depends on `key` and i alone.
+
+  Args:
+    key: scalar PRNG key.
+    x: (batch, features).
+    rate: share of features set to zero; the others are scaled up by 1/(1-rate).
+    first_example: the index i of x[0].
+  """
+
+  def keep(i):
+    key_i = jax.random.fold_in(key, i)
+    return jax.random.bernoulli(key_i, 1 - rate, x.shape[1:])
+
+  mask = jax.vmap(keep)(first_example + jnp.arange(x.shape[0]))
+  return jnp.where(mask, x / (1 - rate), 0)
+
+
+def WideResNet(
+  depth: int = 16, width: int = 4, num_classes: int | None = 10, **fields
+) -> ResNet:
+  """The n-k Wide-ResNet of depth 6n+4 (Zagoruyko & Komodakis 2016).
+
+  Three stages of (depth - 4) / 6 blocks with 16 k, 32 k and 64 k channels after
+  a 3x3 stem of 16, for images of 8x8 and more.
+
+  Args:
+    depth: 6n + 4 for n >= 1: 16, 28, 40, 100, 1000, ...
+    width: k, the factor on the channels.
+    num_classes: of the classifier; None: no classifier.
+    **fields: of `ResNet`, such as method='skipinit'.
+
+  >>> WideResNet(depth=100, width=2).num_blocks
+  48
+
+  Raises:
+    InputError: a depth that is not 6n + 4, or a width below 1.
+  """
+  if depth < 10 or depth % 6 != 4:
+    below = max(10, (depth - 4) // 6 * 6 + 4)
+    near = f'{below}' if below >= depth else f'{below} or {below + 6}'
+    raise InputError(
+      f'depth={depth} of a Wide-ResNet must be 6n+4; nearest: {near}'
+    )
+  if width < 1:
+    raise InputError(f'width={width} of a Wide-ResNet must be 1 or more')
+  return ResNet(
+    stage_sizes=((depth - 4) // 6,) * 3,
+    num_classes=num_classes,
+    features=16 * width,
+    stem_features=16,
+    small_images=True,
+    **fields,
+  )
+
+
+# He et al. 2016, table 1; ResNet-200 as in the pre-activation paper.
+ResNet18 = functools.partial(ResNet, (2, 2, 2, 2))
+ResNet34 = functools.partial(ResNet, (3, 4, 6, 3))
+ResNet50 = functools.partial(ResNet, (3, 4, 6, 3), True)
+ResNet101 = functools.partial(ResNet, (3, 4, 23, 3), True)
+ResNet152 = functools.partial(ResNet, (3, 8, 36, 3), True)
+ResNet200 = functools.partial(ResNet, (3, 24, 36, 3), True)
+
+RESNETS = {
+  18: ResNet18,
+  34: ResNet34,
+  50: ResNet50,
+  101: ResNet101,
+  152: ResNet152,
+  200: ResNet200,
+}

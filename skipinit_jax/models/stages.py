@@ -1,0 +1,107 @@
+"""A stage of residual blocks, unrolled or scanned, over one set of parameters.
+
+Unrolled, a stage holds `block1` ... `blockN`. Scanned, it holds `block1`, which
+may change the shape, and `blocks`: the others, equal, with their leaves stacked
+along a new first axis. `stack_blocks` and `unstack_blocks` turn the one tree
+into the other without loss.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+STACKED = 'blocks'
+
+
+class Stage(nn.Module):
+  """`size` blocks, of which only the first may change the shape.
+
+  Attributes:
+    block: called as block(strides=..., name=...), makes a block.
+    size: number of blocks.
+    strides: of the first block.
+    scan: run the equal blocks as one scanned block: compile time and program
+      size no longer grow with the depth.
+    remat: keep only the inputs of blocks for the backward pass, and compute
+      each block again.
+  """
+
+  block: Callable[..., nn.Module]
+  size: int
+  strides: int
+  scan: bool = False
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """x: (batch, height, width, channels)."""
+
+    def run(block: nn.Module, x: jax.Array) -> jax.Array:
+      return block(x, train=train)
+
+    scanned = self.scan and self.size > 1
+    if self.remat:
+      run = nn.remat(run, prevent_cse=not scanned)
+    x = run(self.block(strides=self.strides, name='block1'), x)
+    if not scanned:
+      for i in range(2, self.size + 1):
+        x = run(self.block(strides=1, name=f'block{i}'), x)
+      return x
+    scan = nn.scan(
+      lambda block, x, _: (run(block, x), None),
+      variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0},
+      split_rngs={'params': True},
+      length=self.size - 1,
+    )
+    return scan(self.block(strides=1, name=STACKED), x, None)[0]
+
+
+def unstack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """The unrolled network's tree from the scanned one's.
+
+  Args:
+    tree: nested dicts of arrays: parameters, statistics, or an optimizer state
+      as `flax.serialization.to_state_dict` gives it.
+
+  Returns:
+    The same with each `blocks`, leaves (n, ...), as `block2` ... `block{n+1}`.
+  """
+  out = {}
+  for name, value in tree.items():
+    if name == STACKED:
+      length = jax.tree.leaves(value)[0].shape[0]
+      for i in range(length):
+        out[f'block{i + 2}'] = jax.tree.map(lambda x, i=i: x[i], value)
+    else:
+      is_tree = isinstance(value, Mapping)
+      out[name] = unstack_blocks(value) if is_tree else value
+  return out
+
+
+def stack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """The scanned network's tree from the unrolled one's; see `unstack_blocks`.
+
+  Blocks from the second on must have equal shapes, as in every stage here.
+  """
+  numbers = sorted(
+    int(m[1]) for name in tree if (m := re.fullmatch(r'block(\d+)', name))
+  )
+  rest = [f'block{i}' for i in numbers if i > 1]
+  out = {
+    name: stack_blocks(value) if isinstance(value, Mapping) else value
+    for name, value in tree.items()
+    if name not in rest
+  }
+  if rest:
+    out[STACKED] = jax.tree.map(_stack, *(tree[name] for name in rest))
+  return out
+
+
+def _stack(*leaves):
+  module = np if isinstance(leaves[0], np.ndarray) else jnp
+  return module.stack(leaves)

@@ -1,0 +1,242 @@
+"""The fields of a recipe: defaults, checks, and the network they describe."""
+
+import math
+from pathlib import Path
+
+import jax
+from flax import linen as nn
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.models.methods import Method, he_normal, resolve_method
+from skipinit_jax.models.resnet import RESNETS, ResNet, WideResNet
+
+MODELS = ('wide_resnet', 'resnet')
+SCHEDULES = ('constant', 'halving', 'step', 'cosine')
+DTYPES = ('auto', 'float32', 'bfloat16')
+CLASSIFIER_INITS = ('he', 'zero')
+
+
+def default_config() -> ConfigDict:
+  """Every field with its default; recipes start from this and change it."""
+  config = ConfigDict()
+  config.seed = 0
+  config.batch_size = 128  # Images per step, over all devices.
+  config.eval_batch_size = 500  # Rounded up to a multiple of the devices.
+  config.epochs = 200.0
+  config.label_smoothing = 0.0
+  config.dtype = 'auto'  # Of the computation: float32 on CPUs, else bfloat16.
+
+  config.model = ConfigDict()
+  config.model.name = 'wide_resnet'  # One of MODELS.
+  config.model.depth = 16
+  config.model.width = placeholder(int)  # Of a wide_resnet.
+  config.model.method = 'skipinit'  # One of skipinit_jax.METHODS.
+  config.model.alpha = placeholder(str)  # A number, '1/sqrt(d)'; unset: method's.
+  config.model.biases = False  # On all convolutions but the stem.
+  config.model.dropout = 0.0  # On the pooled features.
+  config.model.classifier_init = placeholder(str)  # 'he', 'zero'; unset: method's.
+  config.model.statistics_group = '64'  # Images, 'device' or 'all'; batchnorm.
+  config.model.scan = False
+  config.model.remat = False
+
+  config.data = ConfigDict()
+  config.data.name = 'digits'  # One of skipinit_jax.data.DATASETS.
+  config.data.validation = 0  # Training images held out to evaluate on.
+  config.data.shift = 0  # Pixels of the pad-and-crop augmentation.
+  config.data.flip = False
+
+  config.optimizer = ConfigDict()
+  config.optimizer.learning_rate = 0.1
+  # Batch size that learning_rate is meant for; the rate is scaled by
+  # batch_size / reference_batch. Unset: not scaled.
+  config.optimizer.reference_batch = placeholder(int)
+  config.optimizer.momentum = 0.9
+  config.optimizer.nesterov = False
+  config.optimizer.l2 = 5e-4  # Added to the gradient: l2 * parameter.
+  config.optimizer.decay = ('kernel',)  # Leaf names that L2 applies to.
+  config.optimizer.clip_norm = placeholder(float)  # Global norm.
+  config.optimizer.adaptive_clip = placeholder(float)  # lambda; Brock et al. 2021.
+
+  config.schedule = ConfigDict()
+  config.schedule.name = 'halving'  # One of SCHEDULES.
+  config.schedule.warmup_epochs = 0.0  # Linear from 0, with any schedule.
+  config.schedule.hold_epochs = 100.0  # halving: constant so long,
+  config.schedule.every_epochs = 10.0  # then halved once in so many.
+  config.schedule.boundaries = ()  # step: epochs at which the rate falls
+  config.schedule.factor = 0.1  # by this factor.
+
+  config.log_every_steps = 100
+  config.eval_every_epochs = 1.0
+  config.checkpoint_every_steps = 1000
+  config.keep_checkpoints = 2
+  config.compilation_cache = '~/.cache/skipinit_jax'  # Empty: none.
+  config.allow_cpu = False  # Train on the CPU of a machine with accelerators.
+  config.diverged_status = 3  # Exit status of a run that diverged.
+  return config
+
+
+def recipe_path(name: str) -> str:
+  """The file of a recipe: a path that exists, or the name of a bundled one.
+
+  Args:
+    name: 'digits', 'configs/digits.py', or a path of one's own; what follows a
+      colon is get_config's argument and stays as it is.
+  """
+  file, colon, argument = name.partition(':')
+  if Path(file).is_file():
+    return name
+  package = Path(__file__).resolve().parents[1]
+  folder = package / 'configs'  # In an installed wheel,
+  if not folder.is_dir():
+    folder = package.parent / 'configs'  # and in a checkout.
+  recipes = sorted(path.stem for path in folder.glob('[!_]*.py'))
+  stem = file.removeprefix('configs/').removesuffix('.py')
+  if stem not in recipes:
+    raise InputError(unknown('recipe', file, recipes))
+  return f'{folder / stem}.py{colon}{argument}'
+
+
+def check_config(config: ConfigDict, device_count: int) -> None:
+  """Raises InputError for values that no run can have; looks at no data."""
+  for field in (
+    *('batch_size', 'eval_batch_size', 'epochs', 'log_every_steps'),
+    *('eval_every_epochs', 'checkpoint_every_steps', 'keep_checkpoints'),
+    *('model.depth', 'model.width', 'schedule.every_epochs'),
+    *('optimizer.learning_rate', 'optimizer.reference_batch'),
+    *('optimizer.clip_norm', 'optimizer.adaptive_clip'),
+  ):
+    _within(config, field, 0, math.inf, 'more than 0')
+  for field in ('label_smoothing', 'model.dropout', 'optimizer.momentum'):
+    _within(config, field, 0, 1, 'at least 0 and less than 1', closed=True)
+  for field in (
+    *('optimizer.l2', 'schedule.warmup_epochs', 'schedule.hold_epochs'),
+    *('schedule.factor', 'seed'),
+  ):
+    _within(config, field, 0, math.inf, 'at least 0', closed=True)
+  for field, known in (
+    ('model.name', MODELS),
+    ('schedule.name', SCHEDULES),
+    ('dtype', DTYPES),
+    ('model.classifier_init', CLASSIFIER_INITS),
+  ):
+    value = _get(config, field)
+    if value is not None and value not in known:
+      raise InputError(unknown(field, value, known))
+  _check_schedule(config)
+  share, rest = divmod(config.batch_size, device_count)
+  if rest:
+    below = share * device_count
+    near = f'{below} or ' if below else ''
+    raise InputError(
+      f'batch_size={config.batch_size} does not divide over {device_count} '
+      f'devices; nearest: {near}{below + device_count}'
+    )
+  _check_group(config, share)
+
+
+def _check_schedule(config: ConfigDict) -> None:
+  schedule = config.schedule
+  lengths = {'warmup_epochs': schedule.warmup_epochs}
+  if schedule.name == 'halving':
+    lengths['hold_epochs'] = schedule.hold_epochs
+  if schedule.name == 'step':
+    for i, boundary in enumerate(schedule.boundaries):
+      if not isinstance(boundary, int | float) or not boundary > 0:
+        raise InputError(
+          f'schedule.boundaries={schedule.boundaries}: expected numbers of '
+          f'epochs, more than 0'
+        )
+      lengths[f'boundaries[{i}]'] = boundary
+  for name, length in lengths.items():
+    if length > config.epochs:
+      raise InputError(
+        f'schedule.{name}={length:g} is longer than training, '
+        f'epochs={config.epochs:g}'
+      )
+
+
+def _check_group(config: ConfigDict, share: int) -> None:
+  group = config.model.statistics_group
+  if group in ('device', 'all'):
+    return
+  if not group.isdecimal() or int(group) < 1:
+    raise InputError(
+      f'model.statistics_group={group!r}: expected a number of images, '
+      "'device' or 'all'"
+    )
+  if build_method(config).normalize and share % int(group):
+    divisors = [d for d in range(1, share + 1) if share % d == 0]
+    near = min(divisors, key=lambda d: abs(d - int(group)))
+    raise InputError(
+      f"model.statistics_group={group} does not divide a device's share of "
+      f"the batch, {share} images; nearest: {near} (or 'device', 'all')"
+    )
+
+
+def build_model(config: ConfigDict, num_classes: int) -> ResNet:
+  """The network of a recipe; raises InputError for one that can't be."""
+  model = config.model
+  group = model.statistics_group
+  inits = {None: None, 'he': he_normal(), 'zero': nn.initializers.zeros}
+  dtype = config.dtype
+  if dtype == 'auto':
+    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  resolve_method(model.method, model.alpha).alpha_value(1)
+  fields = dict(
+    num_classes=num_classes,
+    method=model.method,
+    alpha=model.alpha,
+    biases=model.biases,
+    dropout=model.dropout,
+    classifier_init=inits[model.classifier_init],
+    scan=model.scan,
+    remat=model.remat,
+    statistics_group=int(group) if group.isdecimal() else None,
+    axis_name='batch' if group == 'all' else None,
+    dtype=dtype,
+  )
+  if model.name == 'wide_resnet':
+    width = 1 if model.width is None else model.width
+    return WideResNet(model.depth, width, **fields)
+  if model.width is not None:
+    raise InputError(
+      f'model.width={model.width} is for a wide_resnet, not for a resnet'
+    )
+  if model.depth not in RESNETS:
+    depths = ', '.join(map(str, RESNETS))
+    raise InputError(f'model.depth={model.depth} of a resnet: expected {depths}')
+  return RESNETS[model.depth](**fields)
+
+
+def build_method(config: ConfigDict) -> Method:
+  """The method of a recipe."""
+  return resolve_method(config.model.method, config.model.alpha)
+
+
+def peak_rate(config: ConfigDict) -> float:
+  """The recipe's learning rate, scaled with the batch where it says so."""
+  optimizer = config.optimizer
+  scale = config.batch_size / (optimizer.reference_batch or config.batch_size)
+  return optimizer.learning_rate * scale
+
+
+def epochs_to_steps(config: ConfigDict, epochs: float, train_size: int) -> int:
+  """Steps in so many epochs, rounded; the one place that converts."""
+  return round(epochs * train_size / config.batch_size)
+
+
+def _get(config: ConfigDict, field: str):
+  for part in field.split('.'):
+    config = config[part]
+  return config
+
+
+def _within(config, field, low, high, expected, closed=False):
+  value = _get(config, field)
+  if value is None:
+    return
+  above = value >= low if closed else value > low
+  if not (above and value < high and math.isfinite(value)):
+    raise InputError(f'{field}={value} must be {expected} and finite')

@@ -1,0 +1,173 @@
+"""What a run says: metrics.jsonl, TensorBoard events, the progress line."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorboardX
+import tqdm
+
+METRICS = 'metrics.jsonl'
+
+
+class Reporter:
+  """Writes the metrics of a run and shows its progress.
+
+  Args:
+    workdir: of the run.
+    start, total: steps made already, and at the end.
+    every: steps from one line of training metrics to the next.
+    steps_per_epoch: for the `epoch` of each line.
+    batch_size: for images a second.
+
+  Attributes:
+    diverged: whether metrics that are not finite were read.
+  """
+
+  def __init__(
+    self,
+    workdir: Path,
+    start: int,
+    total: int,
+    every: int,
+    steps_per_epoch: float,
+    batch_size: int,
+  ):
+    self._path = workdir / METRICS
+    self._drop_after(start)
+    self._file = self._path.open('a')
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir / 'tensorboard'), purge_step=start
+    )
+    # disable=None: nothing where standard error is not a terminal.
+    self._bar = tqdm.tqdm(
+      initial=start,
+      total=total,
+      disable=None,
+      unit='step',
+      dynamic_ncols=True,
+      bar_format='{percentage:3.0f}% {n_fmt}/{total_fmt} steps, '
+      '{remaining} left{postfix}',
+    )
+    self._steps_per_epoch = steps_per_epoch
+    self._batch_size = batch_size
+    self._start, self._total, self._every = start, total, every
+    self._pending = None
+    self._eval = ''
+    self.diverged = False
+    self.restart_clock(start)
+
+  def restart_clock(self, step: int) -> None:
+    """Leaves what happened since the last line out of images a second."""
+    self._clock = step, time.perf_counter()
+    self._waited = 0.0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Counts the time spent inside as waiting for data."""
+    start = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - start
+
+  def train(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Takes the metrics of a step, and reads those that are due.
+
+    They are read one step late, when the next step is already running, so that
+    the device does not wait for the host; `flush` reads them at once.
+    """
+    self.flush()
+    if step == self._start + 1:  # Compiling is not training.
+      jax.block_until_ready(metrics)
+      self.restart_clock(step)
+    if step % self._every == 0 or step == self._total:
+      self._pending = step, metrics
+    self._bar.update()
+
+  def flush(self) -> None:
+    """Writes the line of the metrics taken and not yet read."""
+    if self._pending is None:
+      return
+    (step, metrics), self._pending = self._pending, None
+    values = {name: value.item() for name, value in metrics.items()}
+    self.diverged = not values.pop('finite')
+    since, start = self._clock
+    seconds = time.perf_counter() - start
+    rate = (step - since) * self._batch_size / seconds
+    timings = {
+      'images_per_second': round(rate, 2),
+      'data_wait_seconds': round(self._waited, 4),
+    }
+    self.restart_clock(step)
+    self._write(step, 'train', values | timings)
+    self._bar.set_postfix_str(
+      f'{rate:,.0f} images/s, loss {values["loss"]:.4f}, '
+      f'top-1 {values["top1"]:.3f}{self._eval}'
+    )
+
+  def eval(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Writes the result of an evaluation."""
+    self._write(step, 'eval', {'eval': dict(metrics)})
+    self.restart_clock(step)
+    self._eval = f', test top-1 {metrics["top1"]:.3f}'
+
+  def say(self, line: str) -> None:
+    """Prints a line to standard error, above the progress line."""
+    tqdm.tqdm.write(line, file=sys.stderr)
+
+  def close(self) -> None:
+    self._bar.close()
+    self._file.close()
+    self._board.close()
+
+  def _write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+    epoch = round(step / self._steps_per_epoch, 4)
+    line = {'step': step, 'epoch': epoch} | dict(values)
+    self._file.write(dumps(line) + '\n')
+    self._file.flush()
+    for name, value in values.get('eval', values).items():
+      self._board.add_scalar(f'{kind}/{name}', value, step)
+
+  def _drop_after(self, step: int) -> None:
+    """Removes the lines that a resumed run is going to write again."""
+    if self._path.exists():
+      lines = self._path.read_text().splitlines(keepends=True)
+      kept = [line for line in lines if _step_of(line) <= step]
+      temporary = self._path.with_suffix('.tmp')
+      temporary.write_text(''.join(kept))
+      os.replace(temporary, self._path)
+
+
+def read_evals(workdir: Path) -> list[dict[str, float]]:
+  """All evaluations of a run: top1, top5, loss and step, in order."""
+  with (workdir / METRICS).open() as file:
+    lines = [json.loads(line) for line in file]
+  return [{**x['eval'], 'step': x['step']} for x in lines if 'eval' in x]
+
+
+def dumps(value: Any, **kwargs) -> str:
+  """Strict JSON, with null for numbers that are not finite."""
+  return json.dumps(_finite(value), allow_nan=False, **kwargs)
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {k: _finite(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(v) for v in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def _step_of(line: str) -> float:
+  try:
+    return json.loads(line)['step']
+  except ValueError:  # Cut off when the run was killed.
+    return math.inf

@@ -1,0 +1,117 @@
+"""SGD with momentum, its schedules, and what it does to which parameters."""
+
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from skipinit_jax.models.methods import Method
+from skipinit_jax.models.parameters import decay_mask, param_labels
+from skipinit_jax.models.stages import STACKED
+from skipinit_jax.training.config import epochs_to_steps, peak_rate
+
+CLASSIFIER = 'classifier'
+
+
+def make_schedule(config: ConfigDict, train_size: int) -> optax.Schedule:
+  """The learning rate as a function of the step.
+
+  constant: the peak rate. halving: constant for `hold_epochs`, then halved
+  every `every_epochs` (De & Smith 2020 on CIFAR: 100, then every 10). step:
+  times `factor` at each of `boundaries`. cosine: to 0 at the end of training
+  (on ImageNet, after 5 epochs of warm-up). The warm-up is linear from 0 and
+  goes before any of them; durations count from the start of training.
+  """
+  schedule = config.schedule
+  peak = peak_rate(config)
+
+  def steps(epochs: float) -> int:
+    return epochs_to_steps(config, epochs, train_size)
+
+  total, warmup = steps(config.epochs), steps(schedule.warmup_epochs)
+  if schedule.name == 'cosine':
+    main = optax.cosine_decay_schedule(peak, max(total - warmup, 1))
+  elif schedule.name == 'constant':
+    main = optax.constant_schedule(peak)
+  else:
+    if schedule.name == 'step':
+      factor, boundaries = schedule.factor, schedule.boundaries
+    else:
+      factor, boundaries, epoch = 0.5, [], schedule.hold_epochs
+      while epoch < config.epochs:
+        boundaries.append(epoch)
+        epoch += schedule.every_epochs
+    main = optax.piecewise_constant_schedule(
+      peak, {max(steps(b) - warmup, 0): factor for b in boundaries}
+    )
+  if not warmup:
+    return main
+  ramp = optax.linear_schedule(0.0, peak, warmup)
+  return optax.join_schedules([ramp, main], [warmup])
+
+
+def make_optimizer(
+  config: ConfigDict, method: Method, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  """SGD: clipping, L2, rates by parameter, momentum, schedule; in this order.
+
+  L2 is the gradient of l2/2 ||w||^2 for the leaves that decay, so it passes
+  through the momentum; it is not clipped.
+  """
+  optimizer = config.optimizer
+  transforms = []
+  if optimizer.clip_norm is not None:
+    transforms.append(optax.clip_by_global_norm(optimizer.clip_norm))
+  if optimizer.adaptive_clip is not None:
+    transforms.append(adaptive_clip(optimizer.adaptive_clip))
+  if optimizer.l2:
+    transforms.append(
+      optax.add_decayed_weights(
+        optimizer.l2,
+        lambda params: decay_mask(params, decay=tuple(optimizer.decay)),
+      )
+    )
+  if method.scalar_rate is not None:
+    # A share of the rate *before* it was scaled with the batch.
+    factor = method.scalar_rate * optimizer.learning_rate / peak_rate(config)
+    transforms.append(optax.masked(optax.scale(factor), _scalars))
+  return optax.chain(
+    *transforms,
+    optax.sgd(schedule, optimizer.momentum, optimizer.nesterov),
+  )
+
+
+def adaptive_clip(threshold: float) -> optax.GradientTransformation:
+  """Adaptive gradient clipping (Brock et al. 2021, eq. 3), eps = 1e-3.
+
+  The gradient G_i of each output unit i is scaled down to
+  threshold * max(||W_i||, eps) where it is longer; norms over all axes of a
+  kernel but the last, vectors and scalars as a whole. The classifier is exempt.
+  """
+
+  def axes(path, param) -> str:
+    names = [jax.tree_util.keystr((k,), simple=True) for k in path]
+    if CLASSIFIER in names:
+      return 'exempt'
+    first = 1 if STACKED in names else 0  # A scanned stage's leading axis.
+    last = param.ndim - 1 if names[-1] == 'kernel' else param.ndim
+    return str(tuple(range(first, last)))
+
+  def label(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+  clips = {
+    str(tuple(range(first, last))): optax.adaptive_grad_clip(
+      threshold, axis=tuple(range(first, last))
+    )
+    for first in (0, 1)
+    for last in range(first, 5)
+  }
+  return optax.partition({**clips, 'exempt': optax.identity()}, label)
+
+
+def _scalars(params: Any) -> Any:
+  return jax.tree.map(
+    lambda label: label in ('alpha', 'scalar_bias'), param_labels(params)
+  )
