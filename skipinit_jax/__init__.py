@@ -15,5 +15,4 @@ from skipinit_jax.models import SkipInitDense as SkipInitDense
 from skipinit_jax.models import WideResNet as WideResNet
 from skipinit_jax.models import decay_mask as decay_mask
 from skipinit_jax.models import param_labels as param_labels
-
-__version__ = '0.1.0'
+from skipinit_jax.version import __version__ as __version__

@@ -11,8 +11,8 @@ class InputError(ValueError):
 def unknown(what: str, value: object, known: Iterable[str]) -> str:
   """A line for a name that is not in a table, with the nearest that is.
 
-  >>> unknown('method', 'skipint', ['batchnorm', 'skipinit'])
-  "unknown method 'skipint'; did you mean 'skipinit'? (one of: batchnorm, skipinit)"
+  >>> unknown('color', 'rde', ['red', 'blue'])
+  "unknown color 'rde'; did you mean 'red'? (one of: red, blue)"
   """
   known = list(known)
   nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)

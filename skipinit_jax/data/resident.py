@@ -31,7 +31,7 @@ class Resident:
     flip: mirror half of the training images.
 
   Raises:
-    InputError: arrays of another rank, dtype or length, or a label out of range.
+    InputError: arrays of another rank, dtype or length, or a wrong label.
   """
 
   name: str
@@ -51,14 +51,17 @@ class Resident:
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
+    """Height, width, channels."""
     return self.images.shape[1:]
 
   @property
   def train_size(self) -> int:
+    """Number of images to train on."""
     return len(self.images)
 
   @property
   def eval_size(self) -> int:
+    """Number of images to evaluate on."""
     return len(self.eval_images)
 
   def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +106,7 @@ class Resident:
 
   @functools.cached_property
   def _moments(self) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of the training images, float32 (1, 1, 1, channels)."""
+    """Mean and deviation over the training images, (1, 1, 1, channels)."""
     axes = (0, 1, 2)
     mean = self.images.mean(axes, np.float64, keepdims=True)
     std = self.images.std(axes, np.float64, keepdims=True)
@@ -169,7 +172,6 @@ def batch_indices(
   ]
   stream = jnp.concatenate(orders)
   return jax.lax.dynamic_slice_in_dim(stream, offset, batch_size)
-
 
 
 def _check(

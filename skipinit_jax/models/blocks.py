@@ -51,7 +51,7 @@ def make_layers(
   param_dtype: Dtype,
 ) -> Layers:
   """Turns what a method says into the layers of a network's blocks."""
-  dtypes = dict(dtype=dtype, param_dtype=param_dtype)
+  dtypes = {'dtype': dtype, 'param_dtype': param_dtype}
   he = he_normal(method.kernel_fan)
   inner: Initializer = he
   if method.rescale:
@@ -173,6 +173,7 @@ class ScalarBias(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns x + scalar_bias, with the shape and dtype of x."""
     bias = self.param(
       'scalar_bias', nn.initializers.zeros, (), self.param_dtype
     )

@@ -116,9 +116,7 @@ class ResNet(nn.Module):
       param_dtype=self.param_dtype,
     )
     if method.fixup_block:
-      block = functools.partial(
-        FixupBlock, pooled_shortcut=self.small_images
-      )
+      block = functools.partial(FixupBlock, pooled_shortcut=self.small_images)
     else:
       block = ResidualBlock
 

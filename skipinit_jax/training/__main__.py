@@ -1,6 +1,7 @@
 """The command line of training: `python -m skipinit_jax.training`."""
 
-import json
+import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from skipinit_jax.training.loop import train
 BAD_INPUT = 2  # Exit status.
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', 'digits', 'Recipe: a file, or the name of a bundled one.'
+  'config', None, 'Recipe: a file, or the name of a bundled one (digits).'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run; by default a new one under runs/.'
@@ -25,7 +26,6 @@ _WORKDIR = flags.DEFINE_string(
 def parse(argv: list[str]) -> list[str]:
   """Parses the flags; a mistake in them is one line and exit status 2."""
   try:
-    argv = [argv[0], *_with_recipe_path(argv[1:])]
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise InputError(f'unexpected argument {rest[1]!r}; flags begin with --')
@@ -33,8 +33,14 @@ def parse(argv: list[str]) -> list[str]:
   except (flags.Error, InputError, OSError, ValueError) as error:
     _exit(str(error))
   except (AttributeError, KeyError) as error:
-    # ml_collections: "'depht'\nDid you mean ...", quoted once or twice.
-    _exit('no such field: ' + ' '.join(str(error.args[0]).split()))
+    # ml_collections: 'dept'\nDid you mean "depth" instead of "dept"?
+    field, *near = re.findall(r'\w+(?=\\?[\'"])', str(error.args[0]))
+    hint = f'; did you mean {near[0]!r}?' if near else ''
+    _exit(f'the recipe has no field {field!r}{hint}')
+  except TypeError as error:
+    if 'get_config()' not in str(error):
+      raise
+    _exit(f'the recipe takes no argument after the colon: {error}')
   return rest
 
 
@@ -85,17 +91,9 @@ def _with_recipe_path(args: list[str]) -> list[str]:
 
 
 def _new_workdir() -> Path:
-  recipe = Path(config_flags.get_config_filename(_flag()).partition(':')[0]).stem
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
   stamp = time.strftime('%Y%m%d-%H%M%S')
-  for suffix in ('', *(f'-{i}' for i in range(2, 100))):
-    path = Path('runs') / f'{recipe}-{stamp}{suffix}'
-    if not path.exists():
-      return path
-  raise InputError(f'runs/{recipe}-{stamp} exists; name a --workdir')
-
-
-def _flag():
-  return flags.FLAGS['config']
+  return Path('runs') / f'{Path(name).stem}-{stamp}-{os.getpid()}'
 
 
 def _exit(message: str, status: int = BAD_INPUT) -> None:
@@ -106,6 +104,10 @@ def _exit(message: str, status: int = BAD_INPUT) -> None:
 def run() -> None:
   """Entry point of `train.py` and of `python -m skipinit_jax.training`."""
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX say a lot at INFO.
+  try:  # ml_collections looks for overrides in sys.argv itself.
+    sys.argv[1:] = _with_recipe_path(sys.argv[1:])
+  except InputError as error:
+    _exit(str(error))
   app.run(main, flags_parser=parse)
 
 

@@ -10,6 +10,7 @@ from flax import serialization
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
 from skipinit_jax.training.step import TrainState, replicate
 
+
 class Checkpoints:
   """The checkpoints of a run, by number of steps made.
 
@@ -25,6 +26,7 @@ class Checkpoints:
     )
 
   def latest_step(self) -> int | None:
+    """The newest step that was saved, None if there is none."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState) -> None:

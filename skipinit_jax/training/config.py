@@ -33,10 +33,14 @@ def default_config() -> ConfigDict:
   config.model.depth = 16
   config.model.width = placeholder(int)  # Of a wide_resnet.
   config.model.method = 'skipinit'  # One of skipinit_jax.METHODS.
-  config.model.alpha = placeholder(str)  # A number, '1/sqrt(d)'; unset: method's.
+  config.model.alpha = placeholder(
+    str
+  )  # A number, '1/sqrt(d)'; unset: method's.
   config.model.biases = False  # On all convolutions but the stem.
   config.model.dropout = 0.0  # On the pooled features.
-  config.model.classifier_init = placeholder(str)  # 'he', 'zero'; unset: method's.
+  config.model.classifier_init = placeholder(
+    str
+  )  # 'he', 'zero'; unset: method's.
   config.model.statistics_group = '64'  # Images, 'device' or 'all'; batchnorm.
   config.model.scan = False
   config.model.remat = False
@@ -57,7 +61,9 @@ def default_config() -> ConfigDict:
   config.optimizer.l2 = 5e-4  # Added to the gradient: l2 * parameter.
   config.optimizer.decay = ('kernel',)  # Leaf names that L2 applies to.
   config.optimizer.clip_norm = placeholder(float)  # Global norm.
-  config.optimizer.adaptive_clip = placeholder(float)  # lambda; Brock et al. 2021.
+  config.optimizer.adaptive_clip = placeholder(
+    float
+  )  # lambda; Brock et al. 2021.
 
   config.schedule = ConfigDict()
   config.schedule.name = 'halving'  # One of SCHEDULES.
@@ -184,19 +190,19 @@ def build_model(config: ConfigDict, num_classes: int) -> ResNet:
   if dtype == 'auto':
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   resolve_method(model.method, model.alpha).alpha_value(1)
-  fields = dict(
-    num_classes=num_classes,
-    method=model.method,
-    alpha=model.alpha,
-    biases=model.biases,
-    dropout=model.dropout,
-    classifier_init=inits[model.classifier_init],
-    scan=model.scan,
-    remat=model.remat,
-    statistics_group=int(group) if group.isdecimal() else None,
-    axis_name='batch' if group == 'all' else None,
-    dtype=dtype,
-  )
+  fields = {
+    'num_classes': num_classes,
+    'method': model.method,
+    'alpha': model.alpha,
+    'biases': model.biases,
+    'dropout': model.dropout,
+    'classifier_init': inits[model.classifier_init],
+    'scan': model.scan,
+    'remat': model.remat,
+    'statistics_group': int(group) if group.isdecimal() else None,
+    'axis_name': 'batch' if group == 'all' else None,
+    'dtype': dtype,
+  }
   if model.name == 'wide_resnet':
     width = 1 if model.width is None else model.width
     return WideResNet(model.depth, width, **fields)
@@ -206,7 +212,9 @@ def build_model(config: ConfigDict, num_classes: int) -> ResNet:
     )
   if model.depth not in RESNETS:
     depths = ', '.join(map(str, RESNETS))
-    raise InputError(f'model.depth={model.depth} of a resnet: expected {depths}')
+    raise InputError(
+      f'model.depth={model.depth} of a resnet: expected {depths}'
+    )
   return RESNETS[model.depth](**fields)
 
 

@@ -28,9 +28,13 @@ def evaluate(
   batch_size = math.ceil(config.eval_batch_size / devices) * devices
   totals: dict[str, float] = {}
   for batch in data.eval_batches(batch_size):
-    sums = eval_step(state.params, state.batch_stats, *split_over_devices(batch))
+    sums = eval_step(
+      state.params, state.batch_stats, *split_over_devices(batch)
+    )
     for name, value in sums.items():
       totals[name] = totals.get(name, 0) + value.item()
   seen = totals.pop('seen')
-  assert seen == data.eval_size, f'evaluated {seen} of {data.eval_size} examples'
+  assert seen == data.eval_size, (
+    f'evaluated {seen} of {data.eval_size} examples'
+  )
   return {name: total / seen for name, total in totals.items()}

@@ -54,7 +54,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   startup.set_compilation_cache(config.compilation_cache)
 
   total = epochs_to_steps(config, config.epochs, data.train_size)
-  eval_every = epochs_to_steps(config, config.eval_every_epochs, data.train_size)
+  eval_every = epochs_to_steps(
+    config, config.eval_every_epochs, data.train_size
+  )
   schedule = make_schedule(config, data.train_size)
   tx = make_optimizer(config, build_method(config), schedule)
   variables = startup.init_variables(model, data.image_shape, config.seed)

@@ -122,6 +122,7 @@ class Reporter:
     tqdm.tqdm.write(line, file=sys.stderr)
 
   def close(self) -> None:
+    """Closes the files and the progress line."""
     self._bar.close()
     self._file.close()
     self._board.close()
@@ -132,7 +133,8 @@ class Reporter:
     self._file.write(dumps(line) + '\n')
     self._file.flush()
     for name, value in values.get('eval', values).items():
-      self._board.add_scalar(f'{kind}/{name}', value, step)
+      if math.isfinite(value):  # TensorBoard has no place for the others.
+        self._board.add_scalar(f'{kind}/{name}', value, step)
 
   def _drop_after(self, step: int) -> None:
     """Removes the lines that a resumed run is going to write again."""

@@ -67,7 +67,15 @@ def revision() -> str | None:
   folder = Path(skipinit_jax.__file__).parents[1]
   if not (folder / '.git').exists():
     return None
-  command = ['git', '-C', folder, 'describe', '--always', '--dirty', '--abbrev=40']
+  command = [
+    'git',
+    '-C',
+    folder,
+    'describe',
+    '--always',
+    '--dirty',
+    '--abbrev=40',
+  ]
   try:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
   except OSError:
