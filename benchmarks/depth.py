@@ -3,10 +3,11 @@
   python benchmarks/depth.py run --workdir=runs/depth
   python benchmarks/depth.py draw --workdir=runs/depth --out=docs/depth
 
-`run` trains what is not there yet: every method, depth and rate twice over: on the training split less
-`VALIDATION` images, to choose the rate on those; then at the chosen rate on the
-whole training split, evaluated on the test split. `draw` reads the runs' own
-result.json and writes OUT.png, OUT.md (the table, with the rates) and OUT.json.
+`run` trains what is not there yet: every method and depth at every rate with
+`VALIDATION` images of the training split held out, to choose the rate on those;
+then at the chosen rate on the whole training split, evaluated on the test
+split. `draw` reads the runs' own result.json and writes OUT.png, OUT.md (the
+table, with the rates) and OUT.json (every run).
 """
 
 import argparse

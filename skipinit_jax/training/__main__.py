@@ -31,17 +31,21 @@ def parse(argv: list[str]) -> list[str]:
       raise InputError(f'unexpected argument {rest[1]!r}; flags begin with --')
     _ = _CONFIG.value.seed  # A recipe that can't be loaded shows itself here.
   except (flags.Error, InputError, OSError, ValueError) as error:
-    _exit(str(error))
+    _exit(_reason(str(error)))
   except (AttributeError, KeyError) as error:
     # ml_collections: 'dept'\nDid you mean "depth" instead of "dept"?
     field, *near = re.findall(r'\w+(?=\\?[\'"])', str(error.args[0]))
     hint = f'; did you mean {near[0]!r}?' if near else ''
     _exit(f'the recipe has no field {field!r}{hint}')
-  except TypeError as error:
-    if 'get_config()' not in str(error):
-      raise
-    _exit(f'the recipe takes no argument after the colon: {error}')
   return rest
+
+
+def _reason(message: str) -> str:
+  """The one line that matters where ml_collections quotes a traceback."""
+  last = message.strip().splitlines()[-1]
+  if 'get_config()' in last:
+    return 'this recipe takes no argument after the colon'
+  return last.partition(': ')[2] if 'Traceback' in message else message
 
 
 def main(argv: list[str]) -> None:

@@ -33,15 +33,14 @@ def default_config() -> ConfigDict:
   config.model.depth = 16
   config.model.width = placeholder(int)  # Of a wide_resnet.
   config.model.method = 'skipinit'  # One of skipinit_jax.METHODS.
-  config.model.alpha = placeholder(
-    str
-  )  # A number, '1/sqrt(d)'; unset: method's.
+  # A number or '1/sqrt(d)'; unset: the method's own.
+  config.model.alpha = placeholder(str)
   config.model.biases = False  # On all convolutions but the stem.
   config.model.dropout = 0.0  # On the pooled features.
-  config.model.classifier_init = placeholder(
-    str
-  )  # 'he', 'zero'; unset: method's.
-  config.model.statistics_group = '64'  # Images, 'device' or 'all'; batchnorm.
+  # One of CLASSIFIER_INITS; unset: the method's own.
+  config.model.classifier_init = placeholder(str)
+  # batchnorm's: a number of images, 'device' or 'all'.
+  config.model.statistics_group = '64'
   config.model.scan = False
   config.model.remat = False
 
@@ -60,10 +59,9 @@ def default_config() -> ConfigDict:
   config.optimizer.nesterov = False
   config.optimizer.l2 = 5e-4  # Added to the gradient: l2 * parameter.
   config.optimizer.decay = ('kernel',)  # Leaf names that L2 applies to.
-  config.optimizer.clip_norm = placeholder(float)  # Global norm.
-  config.optimizer.adaptive_clip = placeholder(
-    float
-  )  # lambda; Brock et al. 2021.
+  config.optimizer.clip_norm = placeholder(float)  # Of the whole gradient.
+  # lambda of Brock et al. 2021; see `optimizer.adaptive_clip`.
+  config.optimizer.adaptive_clip = placeholder(float)
 
   config.schedule = ConfigDict()
   config.schedule.name = 'halving'  # One of SCHEDULES.

@@ -67,17 +67,11 @@ def revision() -> str | None:
   folder = Path(skipinit_jax.__file__).parents[1]
   if not (folder / '.git').exists():
     return None
-  command = [
-    'git',
-    '-C',
-    folder,
-    'describe',
-    '--always',
-    '--dirty',
-    '--abbrev=40',
-  ]
+  command = 'git describe --always --dirty --abbrev=40'.split()
   try:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+      command, cwd=folder, capture_output=True, text=True, check=False
+    )
   except OSError:
     return None
   return done.stdout.strip() or None
