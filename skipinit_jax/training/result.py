@@ -67,7 +67,7 @@ def revision() -> str | None:
   folder = Path(skipinit_jax.__file__).parents[1]
   if not (folder / '.git').exists():
     return None
-  command = 'git describe --always --dirty --abbrev=40'.split()
+  command = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
   try:
     done = subprocess.run(
       command, cwd=folder, capture_output=True, text=True, check=False
