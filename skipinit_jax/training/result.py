@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-import skipinit_jax
 from skipinit_jax.training.metrics import dumps, read_evals
+from skipinit_jax.version import __version__
 
 RESULT = 'result.json'
 
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
   """Versions of what the numbers depend on."""
   packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
   return {
-    'skipinit-jax': skipinit_jax.__version__,
+    'skipinit-jax': __version__,
     'python': platform.python_version(),
     **{name: importlib.metadata.version(name) for name in packages},
   }
@@ -64,7 +64,7 @@ def versions() -> dict[str, str]:
 
 def revision() -> str | None:
   """The commit of the checkout that runs, None where there is none."""
-  folder = Path(skipinit_jax.__file__).parents[1]
+  folder = Path(__file__).resolve().parents[2]
   if not (folder / '.git').exists():
     return None
   command = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
