@@ -1,7 +1,86 @@
-"""Augmentation on the device; `mix` for a batch, the rest for one image."""
+"""What happens to images on the device, on their way into the network."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """From uint8 images and labels to what the network and the loss take.
+
+  Pure; everything random is keyed by an image's place in the global batch, so
+  that cutting the batch over devices or into micro-batches changes nothing.
+
+  Attributes:
+    num_classes: of the targets.
+    mean, std: of the training images (channels,), on the scale of 0 to 255.
+    shift: largest shift in pixels of pad-and-crop, or 0.
+    flip: mirror half of the training images.
+    cutout: side of the square set to the mean, or 0.
+    mixup, cutmix: alpha of Beta(alpha, alpha), or 0; see `mix`.
+  """
+
+  num_classes: int
+  mean: np.ndarray
+  std: np.ndarray
+  shift: int = 0
+  flip: bool = False
+  cutout: int = 0
+  mixup: float = 0.0
+  cutmix: float = 0.0
+
+  @property
+  def mixes(self) -> bool:
+    """Whether images are mixed in pairs, which wants even parts of a batch."""
+    return bool(self.mixup or self.cutmix)
+
+  def __call__(
+    self,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    examples: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Augments images to train on.
+
+    Args:
+      images: uint8 (n, height, width, channels).
+      labels: int32 (n,).
+      key: scalar PRNG key, of the step.
+      examples: int32 (n,), indices of the images in the global batch.
+
+    Returns:
+      Normalized images, float32, and targets, float32 (n, num_classes).
+    """
+    image_key, mix_key = jax.random.split(key)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(image_key, examples)
+    images = self.normalize(jax.vmap(self._move)(keys, images))
+    if self.cutout:
+      images = jax.vmap(cutout, (0, 0, None))(keys, images, self.cutout)
+    targets = jax.nn.one_hot(labels, self.num_classes)
+    if self.mixes:
+      images, targets = mix(
+        mix_key, images, targets, examples, self.mixup, self.cutmix
+      )
+    return images, targets
+
+  def normalize(self, images: jax.Array) -> jax.Array:
+    """uint8 images to float32 of zero mean and unit variance per channel."""
+    mean, std = (
+      np.asarray(v, np.float32)[None, None, None] for v in (self.mean, self.std)
+    )
+    return (images - mean) / std
+
+  def _move(self, key: jax.Array, image: jax.Array) -> jax.Array:
+    shift_key, flip_key = jax.random.split(key)
+    if self.shift:
+      image = shift(shift_key, image, self.shift)
+    if self.flip:
+      image = flip(flip_key, image)
+    return image
 
 
 def shift(key: jax.Array, image: jax.Array, pixels: int) -> jax.Array:
@@ -43,7 +122,7 @@ def mix(
   key: jax.Array,
   images: jax.Array,
   targets: jax.Array,
-  first: jax.Array | int,
+  examples: jax.Array,
   mixup: float,
   cutmix: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -57,15 +136,15 @@ def mix(
     key: scalar PRNG key, of the step.
     images: (n, height, width, channels), normalized; n even.
     targets: float32 (n, classes), one-hot.
-    first: index of images[0] in the global batch, even.
+    examples: int32 (n,), indices of the images in the global batch: whole
+      pairs, in order.
     mixup, cutmix: alpha of the share's Beta(alpha, alpha) distribution; 0: off.
 
   Returns:
     Mixed images and targets, of the same shapes.
   """
-  n, height, width, _ = images.shape
-  pairs = jnp.arange(n // 2) + first // 2
-  keys = jax.vmap(lambda p: jax.random.fold_in(key, p))(pairs)
+  _, height, width, _ = images.shape
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, examples[::2] // 2)
 
   def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What stays of the image itself: weights (height, width), their mean."""

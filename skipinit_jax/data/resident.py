@@ -6,14 +6,15 @@ inside the training step.
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from skipinit_jax.data import augment
+from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.errors import InputError
 
 
@@ -26,9 +27,7 @@ class Resident:
     images, labels: to train on; uint8 (n, height, width, channels), integers
       (n,) in [0, num_classes).
     eval_images, eval_labels: to evaluate on, likewise.
-    num_classes: number of classes.
-    shift: largest shift in pixels of the pad-and-crop augmentation, or 0.
-    flip: mirror half of the training images.
+    augmentation: from these to what the network takes.
 
   Raises:
     InputError: arrays of another rank, dtype or length, or a wrong label.
@@ -39,15 +38,20 @@ class Resident:
   labels: np.ndarray
   eval_images: np.ndarray
   eval_labels: np.ndarray
-  num_classes: int
-  shift: int = 0
-  flip: bool = False
+  augmentation: Augmentation
+
+  # Every device holds the whole data set, see `step.map_over_devices`.
+  input_axis: ClassVar[None] = None
 
   def __post_init__(self):
-    _check(self.name, 'train', self.images, self.labels, self.num_classes)
-    _check(
-      self.name, 'eval', self.eval_images, self.eval_labels, self.num_classes
-    )
+    classes = self.num_classes
+    _check(self.name, 'train', self.images, self.labels, classes)
+    _check(self.name, 'eval', self.eval_images, self.eval_labels, classes)
+
+  @property
+  def num_classes(self) -> int:
+    """Number of classes."""
+    return self.augmentation.num_classes
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -64,66 +68,41 @@ class Resident:
     """Number of images to evaluate on."""
     return len(self.eval_images)
 
-  def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-    """What `train_batch` chooses from, to be put on every device."""
-    return self.images, self.labels.astype(np.int32)
+  def inputs(
+    self, place: Callable[[Any], Any], start_step: int
+  ) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """What each step takes: all of the images, put on the devices once.
 
-  def train_batch(
+    Args:
+      place: puts a tree of arrays on the devices.
+      start_step: makes no difference here.
+    """
+    del start_step
+    return itertools.repeat(place((self.images, self.labels.astype(np.int32))))
+
+  def choose(
     self,
-    arrays: tuple[jax.Array, jax.Array],
+    inputs: tuple[jax.Array, jax.Array],
     key: jax.Array,
     step: jax.Array,
     batch_size: int,
-    first: jax.Array | int,
-    size: int,
+    examples: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    """Images `first` ... `first + size` of the global batch of a step.
-
-    Pure; the batch of a step does not depend on how it is cut.
+    """Images of the global batch of a step; pure, on the device.
 
     Args:
-      arrays: see `arrays`, on the device.
+      inputs: one element of `inputs`.
       key: the run's data key, the same on every device and step.
       step: number of the step from 0, an integer scalar.
       batch_size: of the global batch.
-      first: index of the first image wanted in the global batch.
-      size: number of images wanted.
+      examples: int32 (n,), indices of the images wanted in the global batch.
 
     Returns:
-      Images, float32 (size, height, width, channels), normalized; and labels,
-      int32 (size,).
+      Images, uint8 (n, height, width, channels); and labels, int32 (n,).
     """
-    images, labels = arrays
-    order_key, augment_key = jax.random.split(key)
-    index = batch_indices(order_key, step, batch_size, self.train_size)
-    index = jax.lax.dynamic_slice_in_dim(index, first, size)
-    images, labels = images[index], labels[index]
-    if self.shift or self.flip:
-      keys = jax.random.split(jax.random.fold_in(augment_key, step), batch_size)
-      keys = jax.lax.dynamic_slice_in_dim(keys, first, size)
-      images = jax.vmap(self._augment)(keys, images)
-    return self.normalize(images), labels
-
-  @functools.cached_property
-  def _moments(self) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation over the training images, (1, 1, 1, channels)."""
-    axes = (0, 1, 2)
-    mean = self.images.mean(axes, np.float64, keepdims=True)
-    std = self.images.std(axes, np.float64, keepdims=True)
-    return mean.astype(np.float32), np.maximum(std, 1e-3).astype(np.float32)
-
-  def _augment(self, key: jax.Array, image: jax.Array) -> jax.Array:
-    shift_key, flip_key = jax.random.split(key)
-    if self.shift:
-      image = augment.shift(shift_key, image, self.shift)
-    if self.flip:
-      image = augment.flip(flip_key, image)
-    return image
-
-  def normalize(self, images: jax.Array) -> jax.Array:
-    """uint8 images to float32 of zero mean and unit variance per channel."""
-    mean, std = self._moments
-    return (images - mean) / std
+    images, labels = inputs
+    index = batch_indices(key, step, batch_size, self.train_size)[examples]
+    return images[index], labels[index]
 
   def eval_batches(
     self, batch_size: int

@@ -1,8 +1,11 @@
 """Where the images of a resident data set come from."""
 
+import math
+
 import numpy as np
 from ml_collections import ConfigDict
 
+from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.errors import InputError
 
@@ -66,15 +69,36 @@ def _resident(
     order = np.random.default_rng(0).permutation(len(images))
     eval_images, eval_labels = images[order[:held]], labels[order[:held]]
     images, labels = images[order[held:]], labels[order[held:]]
-  if config.shift < 0:
-    raise InputError(f'data.shift={config.shift} must be 0 or more pixels')
   return Resident(
     name=config.name,
     images=images,
     labels=labels,
     eval_images=eval_images,
     eval_labels=eval_labels,
-    num_classes=num_classes,
-    shift=config.shift,
-    flip=config.flip,
+    augmentation=augmentation(config, num_classes, *_moments(images)),
+  )
+
+
+def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and deviation over all images and pixels, by channel."""
+  axes = (0, 1, 2)
+  mean, std = images.mean(axes, np.float64), images.std(axes, np.float64)
+  return mean, np.maximum(std, 1e-3)
+
+
+def augmentation(
+  config: ConfigDict, num_classes: int, mean: np.ndarray, std: np.ndarray
+) -> Augmentation:
+  """What `config` (a recipe's `data`) says happens on the device."""
+  for field in ('shift', 'cutout', 'mixup', 'cutmix'):
+    if not 0 <= config[field] < math.inf:
+      raise InputError(f'data.{field}={config[field]} must be 0 or more')
+  return Augmentation(
+    num_classes,
+    mean,
+    std,
+    **{
+      field: config[field]
+      for field in ('shift', 'flip', 'cutout', 'mixup', 'cutmix')
+    },
   )

@@ -8,7 +8,8 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
-from skipinit_jax.training.step import TrainState, replicate
+from skipinit_jax.training.devices import replicate
+from skipinit_jax.training.step import TrainState
 
 
 class Checkpoints:

@@ -26,6 +26,11 @@ def default_config() -> ConfigDict:
   config.eval_batch_size = 500  # Rounded up to a multiple of the devices.
   config.epochs = 200.0
   config.label_smoothing = 0.0
+  # Parts that each device's share of a batch is cut into, one after the other:
+  # the same gradient with less memory, and gradient accumulation.
+  config.micro_batches = 1
+  config.steps_per_call = 1  # Steps in one call of the device.
+  config.ema_decay = placeholder(float)  # Of averaged parameters; unset: none.
   config.dtype = 'auto'  # Of the computation: float32 on CPUs, else bfloat16.
 
   config.model = ConfigDict()
@@ -49,6 +54,9 @@ def default_config() -> ConfigDict:
   config.data.validation = 0  # Training images held out to evaluate on.
   config.data.shift = 0  # Pixels of the pad-and-crop augmentation.
   config.data.flip = False
+  config.data.cutout = 0  # Side in pixels of the square that is blanked.
+  config.data.mixup = 0.0  # alpha; see `data.augment.mix`.
+  config.data.cutmix = 0.0
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 0.1
@@ -107,12 +115,16 @@ def check_config(config: ConfigDict, device_count: int) -> None:
   for field in (
     *('batch_size', 'eval_batch_size', 'epochs', 'log_every_steps'),
     *('eval_every_epochs', 'checkpoint_every_steps', 'keep_checkpoints'),
+    *('micro_batches', 'steps_per_call'),
     *('model.depth', 'model.width', 'schedule.every_epochs'),
     *('optimizer.learning_rate', 'optimizer.reference_batch'),
     *('optimizer.clip_norm', 'optimizer.adaptive_clip'),
   ):
     _within(config, field, 0, math.inf, 'more than 0')
-  for field in ('label_smoothing', 'model.dropout', 'optimizer.momentum'):
+  for field in (
+    *('label_smoothing', 'ema_decay'),
+    *('model.dropout', 'optimizer.momentum'),
+  ):
     _within(config, field, 0, 1, 'at least 0 and less than 1', closed=True)
   for field in (
     *('optimizer.l2', 'schedule.warmup_epochs', 'schedule.hold_epochs'),
@@ -137,7 +149,28 @@ def check_config(config: ConfigDict, device_count: int) -> None:
       f'batch_size={config.batch_size} does not divide over {device_count} '
       f'devices; nearest: {near}{below + device_count}'
     )
-  _check_group(config, share)
+  _check_parts(config, share)
+
+
+def _check_parts(config: ConfigDict, share: int) -> None:
+  """What a device's share of the batch must be divisible by."""
+  parts = config.micro_batches
+  if share % parts:
+    raise InputError(
+      f"micro_batches={parts} does not divide a device's share of the batch, "
+      f'{share} images; nearest: {_nearest_divisor(share, parts)}'
+    )
+  if (config.data.mixup or config.data.cutmix) and share // parts % 2:
+    raise InputError(
+      f'mixup and cutmix mix pairs, so that {share // parts} images a device '
+      'and micro-batch must be an even number'
+    )
+  _check_group(config, share // parts)
+
+
+def _nearest_divisor(n: int, wanted: int) -> int:
+  divisors = [d for d in range(1, n + 1) if n % d == 0]
+  return min(divisors, key=lambda d: abs(d - wanted))
 
 
 def _check_schedule(config: ConfigDict) -> None:
@@ -163,19 +196,26 @@ def _check_schedule(config: ConfigDict) -> None:
 
 def _check_group(config: ConfigDict, share: int) -> None:
   group = config.model.statistics_group
+  normalizes = build_method(config).normalize
   if group in ('device', 'all'):
+    if normalizes and config.micro_batches > 1:
+      raise InputError(
+        f'micro_batches={config.micro_batches} would change what {group!r} '
+        'batch statistics are taken over; expected model.statistics_group to '
+        f'be a number of images that divides a micro-batch, {share}'
+      )
     return
   if not group.isdecimal() or int(group) < 1:
     raise InputError(
       f'model.statistics_group={group!r}: expected a number of images, '
       "'device' or 'all'"
     )
-  if build_method(config).normalize and share % int(group):
-    divisors = [d for d in range(1, share + 1) if share % d == 0]
-    near = min(divisors, key=lambda d: abs(d - int(group)))
+  if normalizes and share % int(group):
+    near = _nearest_divisor(share, int(group))
     raise InputError(
       f"model.statistics_group={group} does not divide a device's share of "
-      f"the batch, {share} images; nearest: {near} (or 'device', 'all')"
+      f'the batch (a micro-batch of it, if any), {share} images; nearest: {near} '
+      "(or 'device', 'all')"
     )
 
 

@@ -1,28 +1,23 @@
 """Training: the order of things, nothing else."""
 
-import functools
-import itertools
 import os
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
-from skipinit_jax.training import startup
-from skipinit_jax.training import step as steps
+from skipinit_jax.training import devices, startup
 from skipinit_jax.training.checkpoints import Checkpoints
-from skipinit_jax.training.config import (
-  build_method,
-  build_model,
-  check_config,
-  epochs_to_steps,
-)
+from skipinit_jax.training.config import check_config
 from skipinit_jax.training.evaluate import evaluate
 from skipinit_jax.training.metrics import Reporter
-from skipinit_jax.training.optimizer import make_optimizer, make_schedule
+from skipinit_jax.training.program import make_program
 from skipinit_jax.training.result import read_result, write_result
+from skipinit_jax.training.step import create_state
+from skipinit_jax.training.timetable import make_timetable
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
@@ -47,20 +42,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   startup.check_devices(config)
   check_config(config, jax.local_device_count())
   data = open_dataset(config.data)
-  model = build_model(config, data.num_classes)
+  program = make_program(config, data)
   startup.open_workdir(workdir, config)
   if (result := read_result(workdir)) is not None:
     return result
   startup.set_compilation_cache(config.compilation_cache)
 
-  total = epochs_to_steps(config, config.epochs, data.train_size)
-  eval_every = epochs_to_steps(
-    config, config.eval_every_epochs, data.train_size
+  times = make_timetable(config, data.train_size)
+  state = devices.replicate(
+    create_state(
+      startup.init_variables(program.model, data.image_shape, config.seed),
+      program.tx,
+      ema=config.ema_decay is not None,
+    )
   )
-  schedule = make_schedule(config, data.train_size)
-  tx = make_optimizer(config, build_method(config), schedule)
-  variables = startup.init_variables(model, data.image_shape, config.seed)
-  state = steps.replicate(steps.create_state(variables, tx))
   checkpoints = Checkpoints(workdir, config.keep_checkpoints)
   start = checkpoints.latest_step() or 0
   if start:
@@ -68,54 +63,37 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   reporter = Reporter(
     workdir,
     start=start,
-    total=total,
-    every=config.log_every_steps,
-    steps_per_epoch=data.train_size / config.batch_size,
+    times=times,
     batch_size=config.batch_size,
   )
-  reporter.say(startup.describe(config, model, data, state, total))
-
-  train_step = steps.map_over_devices(
-    functools.partial(
-      steps.train_step,
-      model=model,
-      tx=tx,
-      schedule=schedule,
-      train_batch=data.train_batch,
-      seed=config.seed,
-      batch_size=config.batch_size,
-      label_smoothing=config.label_smoothing,
-      log_every=config.log_every_steps,
-    ),
-    in_axes=(None, None),
-    donate_argnums=0,
+  reporter.say(
+    startup.describe(config, program.model, data, state, times.total)
   )
-  eval_step = steps.map_over_devices(
-    functools.partial(steps.eval_step, model=model, normalize=data.normalize),
-    in_axes=(None, None, 0, 0, 0),
-  )
-  inputs = itertools.repeat(steps.replicate(data.arrays()))
+  no_stop = devices.shard(np.zeros(jax.local_device_count(), bool))
+  place = devices.replicate if data.input_axis is None else devices.shard
+  inputs = data.inputs(place, start)
 
-  for step in range(start + 1, total + 1):
+  step = start
+  while step < times.total:
     with reporter.waiting():
       batch = next(inputs)
-    state, metrics = train_step(state, batch)
-    reporter.train(step, metrics)
-    evaluates = step % max(eval_every, 1) == 0 or step == total
-    saves = step % config.checkpoint_every_steps == 0 or step == total
-    if evaluates or saves:
+    count = times.count(step)
+    state, metrics = program.train_step(state, batch, no_stop, count)
+    step += count
+    reporter.train(step, count, metrics)
+    if times.evaluates(step) or times.saves(step):
       reporter.flush()
     if reporter.diverged:
       break
-    if evaluates:
-      reporter.eval(step, evaluate(eval_step, state, config, data))
-    if saves:
+    if times.evaluates(step):
+      reporter.eval(step, evaluate(program, state, config, data))
+    if times.saves(step):
       checkpoints.save(step, state)
       reporter.restart_clock(step)
 
   if reporter.diverged:  # The state is that of the last finite step.
     step = int(state.step)
-    reporter.eval(step, evaluate(eval_step, state, config, data))
+    reporter.eval(step, evaluate(program, state, config, data))
   checkpoints.close()
   reporter.close()
   return write_result(

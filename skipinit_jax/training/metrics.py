@@ -14,6 +14,8 @@ import jax
 import tensorboardX
 import tqdm
 
+from skipinit_jax.training.timetable import Timetable
+
 METRICS = 'metrics.jsonl'
 
 
@@ -22,9 +24,8 @@ class Reporter:
 
   Args:
     workdir: of the run.
-    start, total: steps made already, and at the end.
-    every: steps from one line of training metrics to the next.
-    steps_per_epoch: for the `epoch` of each line.
+    start: steps made already.
+    times: when a line is due.
     batch_size: for images a second.
 
   Attributes:
@@ -35,9 +36,7 @@ class Reporter:
     self,
     workdir: Path,
     start: int,
-    total: int,
-    every: int,
-    steps_per_epoch: float,
+    times: Timetable,
     batch_size: int,
   ):
     self._path = workdir / METRICS
@@ -49,16 +48,16 @@ class Reporter:
     # disable=None: nothing where standard error is not a terminal.
     self._bar = tqdm.tqdm(
       initial=start,
-      total=total,
+      total=times.total,
       disable=None,
       unit='step',
       dynamic_ncols=True,
       bar_format='{percentage:3.0f}% {n_fmt}/{total_fmt} steps, '
       '{remaining} left{postfix}',
     )
-    self._steps_per_epoch = steps_per_epoch
+    self._times = times
     self._batch_size = batch_size
-    self._start, self._total, self._every = start, total, every
+    self._compiled = False
     self._pending = None
     self._eval = ''
     self.diverged = False
@@ -76,19 +75,22 @@ class Reporter:
     yield
     self._waited += time.perf_counter() - start
 
-  def train(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-    """Takes the metrics of a step, and reads those that are due.
+  def train(
+    self, step: int, count: int, metrics: Mapping[str, jax.Array]
+  ) -> None:
+    """Takes the metrics of a call of `count` steps, and reads those due.
 
-    They are read one step late, when the next step is already running, so that
+    They are read one call late, when the next one is already running, so that
     the device does not wait for the host; `flush` reads them at once.
     """
     self.flush()
-    if step == self._start + 1:  # Compiling is not training.
+    if not self._compiled:  # Compiling is not training.
       jax.block_until_ready(metrics)
       self.restart_clock(step)
-    if step % self._every == 0 or step == self._total:
+      self._compiled = True
+    if self._times.logs(step):
       self._pending = step, metrics
-    self._bar.update()
+    self._bar.update(count)
 
   def flush(self) -> None:
     """Writes the line of the metrics taken and not yet read."""
@@ -97,6 +99,7 @@ class Reporter:
     (step, metrics), self._pending = self._pending, None
     values = {name: value.item() for name, value in metrics.items()}
     self.diverged = not values.pop('finite')
+    values.pop('stop')
     since, start = self._clock
     seconds = time.perf_counter() - start
     rate = (step - since) * self._batch_size / seconds
@@ -105,17 +108,17 @@ class Reporter:
       'data_wait_seconds': round(self._waited, 4),
     }
     self.restart_clock(step)
-    self._write(step, 'train', values | timings)
+    self._write(step, values | timings)
     self._bar.set_postfix_str(
       f'{rate:,.0f} images/s, loss {values["loss"]:.4f}, '
       f'top-1 {values["top1"]:.3f}{self._eval}'
     )
 
-  def eval(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Writes the result of an evaluation."""
-    self._write(step, 'eval', {'eval': dict(metrics)})
+  def eval(self, step: int, results: Mapping[str, Any]) -> None:
+    """Writes the results of an evaluation, see `evaluate`."""
+    self._write(step, results)
     self.restart_clock(step)
-    self._eval = f', test top-1 {metrics["top1"]:.3f}'
+    self._eval = f', test top-1 {results["eval"]["top1"]:.3f}'
 
   def say(self, line: str) -> None:
     """Prints a line to standard error, above the progress line."""
@@ -127,14 +130,16 @@ class Reporter:
     self._file.close()
     self._board.close()
 
-  def _write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-    epoch = round(step / self._steps_per_epoch, 4)
+  def _write(self, step: int, values: Mapping[str, Any]) -> None:
+    epoch = round(step / self._times.per_epoch, 4)
     line = {'step': step, 'epoch': epoch} | dict(values)
     self._file.write(dumps(line) + '\n')
     self._file.flush()
-    for name, value in values.get('eval', values).items():
-      if math.isfinite(value):  # TensorBoard has no place for the others.
-        self._board.add_scalar(f'{kind}/{name}', value, step)
+    groups = {k: v for k, v in values.items() if isinstance(v, Mapping)}
+    for group, scalars in (groups or {'train': values}).items():
+      for name, value in scalars.items():
+        if math.isfinite(value):  # TensorBoard has no place for the others.
+          self._board.add_scalar(f'{group}/{name}', value, step)
 
   def _drop_after(self, step: int) -> None:
     """Removes the lines that a resumed run is going to write again."""

@@ -6,12 +6,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXIS = 'batch'
+from skipinit_jax.training.devices import AXIS
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -21,6 +19,7 @@ class TrainState(flax.struct.PyTreeNode):
     step: int32 (), number of updates made.
     params: float32 parameters.
     batch_stats: running statistics of batch normalization, else {}.
+    ema: moving averages, {'params': ..., 'batch_stats': ...}, or None.
     opt_state: Optax's.
     sums: float32 (), loss and top-1 summed over the steps since the last log.
   """
@@ -28,36 +27,41 @@ class TrainState(flax.struct.PyTreeNode):
   step: jax.Array
   params: Any
   batch_stats: Any
+  ema: Any
   opt_state: Any
   sums: dict[str, jax.Array]
 
 
-def create_state(variables: Any, tx: optax.GradientTransformation):
+def create_state(
+  variables: Any, tx: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
   """The state before the first step, from a model's variables."""
   params = variables['params']
+  batch_stats = variables.get('batch_stats', {})
+  # Copies: the step is given all of the state's memory to use again.
+  averages = {'params': params, 'batch_stats': batch_stats}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    batch_stats=variables.get('batch_stats', {}),
+    batch_stats=batch_stats,
+    ema=jax.tree.map(jnp.copy, averages) if ema else None,
     opt_state=tx.init(params),
     sums={'loss': jnp.zeros(()), 'top1': jnp.zeros(())},
   )
 
 
 def cross_entropy(
-  logits: jax.Array, labels: jax.Array, smoothing: float = 0.0
+  logits: jax.Array, targets: jax.Array, smoothing: float = 0.0
 ) -> jax.Array:
   """Cross-entropy in float32, (batch,).
 
   Args:
     logits: (batch, classes).
-    labels: integers (batch,).
+    targets: float32 (batch, classes), shares that add up to 1.
     smoothing: share of the target spread evenly over all classes.
   """
-  logits = logits.astype(jnp.float32)
-  targets = jax.nn.one_hot(labels, logits.shape[-1])
   return optax.softmax_cross_entropy(
-    logits, optax.smooth_labels(targets, smoothing)
+    logits.astype(jnp.float32), optax.smooth_labels(targets, smoothing)
   )
 
 
@@ -74,15 +78,19 @@ def in_top_k(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 
 def train_step(
   state: TrainState,
-  arrays: Any,
+  inputs: Any,
+  stop: jax.Array,
   *,
   model: nn.Module,
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
-  train_batch: Callable,
+  choose: Callable,
+  augment: Callable,
   seed: int,
   batch_size: int,
+  micro_batches: int,
   label_smoothing: float,
+  ema_decay: float | None,
   log_every: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update, under the mapped axis `AXIS`.
@@ -93,46 +101,67 @@ def train_step(
 
   Args:
     state: replicated.
-    arrays: of the data set, see `data.Resident.arrays`.
+    inputs: of the data set, an element of its `inputs`.
+    stop: bool (), whether this device's process was asked to stop.
     model, tx, schedule: the network, its optimizer and learning rate.
-    train_batch: `data.Resident.train_batch`.
+    choose, augment: of the data set; see `data.Resident.choose` and
+      `data.Augmentation`.
     seed: of the run; all randomness is a function of (seed, step).
     batch_size: over all devices.
+    micro_batches: parts that this device's share is cut into.
     label_smoothing: see `cross_entropy`.
+    ema_decay: of the averaged parameters, None for none.
     log_every: steps over which the reported loss and top1 are averaged.
 
   Returns:
     The new state and the metrics, scalars equal on all devices: loss and top1
     (averaged since the last multiple of `log_every`), learning_rate, grad_norm,
-    param_norm, finite.
+    param_norm, finite, stop (whether any process was asked to).
   """
   share = batch_size // jax.lax.axis_size(AXIS)
-  first = share * jax.lax.axis_index(AXIS)
-  key = jax.random.key(seed)
-  dropout_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
-  images, labels = train_batch(
-    arrays, jax.random.fold_in(key, 2), state.step, batch_size, first, share
+  examples = share * jax.lax.axis_index(AXIS) + jnp.arange(share)
+  dropout_key, data_key, augment_key = jax.random.split(
+    jax.random.fold_in(jax.random.key(seed), 1), 3
   )
+  dropout_key, augment_key = (
+    jax.random.fold_in(key, state.step) for key in (dropout_key, augment_key)
+  )
+  images, labels = choose(inputs, data_key, state.step, batch_size, examples)
 
-  def loss_fn(params):
+  def loss_fn(params, images, labels, examples):
+    images, targets = augment(images, labels, augment_key, examples)
     logits, changed = model.apply(
       {'params': params, 'batch_stats': state.batch_stats},
       images,
       train=True,
-      first_example=first,
+      first_example=examples[0],
       rngs={'dropout': dropout_key},
       mutable=['batch_stats'],
     )
-    loss = cross_entropy(logits, labels, label_smoothing).mean()
-    top1 = in_top_k(logits, labels, 1).mean()
+    loss = cross_entropy(logits, targets, label_smoothing).mean()
+    top1 = in_top_k(logits, targets.argmax(-1), 1).mean()
     return loss, (top1, changed.get('batch_stats', {}))
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  (loss, (top1, batch_stats)), grads = grad_fn(state.params)
+  batch = (images, labels, examples)
+  if micro_batches > 1:
+    grad_fn = optax.microbatch(
+      grad_fn,
+      argnums=(1, 2, 3),
+      microbatch_size=share // micro_batches,
+      accumulator=optax.microbatching.AccumulationType.MEAN,
+    )
+    batch = jax.tree.map(lambda x: _interleave(x, micro_batches), batch)
+  (loss, (top1, batch_stats)), grads = grad_fn(state.params, *batch)
   loss, top1, batch_stats, grads = jax.lax.pmean(
     (loss, top1, batch_stats, grads), AXIS
   )
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = state.ema
+  if ema_decay is not None:
+    new = {'params': params, 'batch_stats': batch_stats}
+    ema = optax.incremental_update(new, ema, 1 - ema_decay)
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -150,15 +179,26 @@ def train_step(
     'grad_norm': grad_norm,
     'param_norm': optax.tree.norm(state.params),
     'finite': finite,
+    'stop': jax.lax.pmax(stop, AXIS),
   }
   new_state = TrainState(
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
+    params=params,
     batch_stats=batch_stats,
+    ema=ema,
     opt_state=opt_state,
     sums=sums,
   )
   return select(finite, new_state, state), metrics
+
+
+def _interleave(x: jax.Array, parts: int) -> jax.Array:
+  """Deals rows out so that `optax.microbatch` takes consecutive ones.
+
+  It gives every `parts`-th row to a micro-batch; Dropout and mixing want the
+  examples of one to follow one another.
+  """
+  return x.reshape(parts, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
 
 def select(condition: jax.Array, new: Any, old: Any) -> Any:
@@ -172,6 +212,7 @@ def eval_step(
   images: jax.Array,
   labels: jax.Array,
   mask: jax.Array,
+  stop: jax.Array,
   *,
   model: nn.Module,
   normalize: Callable,
@@ -181,56 +222,27 @@ def eval_step(
   Args:
     params, batch_stats: replicated.
     images: uint8 (share, height, width, channels).
-    labels: int32 (share,).
+    labels: int32 (share,); -1 for an image that could not be read, which
+      counts as wrong and is left out of the loss.
     mask: bool (share,).
+    stop: bool (), whether this device's process was asked to stop.
     model: the network.
     normalize: uint8 images to floating ones.
 
   Returns:
-    Sums over all devices: seen, top1, top5 (int32 counts) and loss (float32).
+    Sums over all devices: seen, read, top1, top5, stop (int32 counts) and loss
+    (float32).
   """
   variables = {'params': params, 'batch_stats': batch_stats}
   logits = model.apply(variables, normalize(images), train=False)
+  targets = jax.nn.one_hot(labels, logits.shape[-1])
+  read = mask & (labels >= 0)
   sums = {
     'seen': mask,
+    'read': read,
+    'stop': stop,
     'top1': mask & in_top_k(logits, labels, 1),
     'top5': mask & in_top_k(logits, labels, 5),
-    'loss': jnp.where(mask, cross_entropy(logits, labels), 0.0),
+    'loss': jnp.where(read, cross_entropy(logits, targets), 0.0),
   }
   return jax.lax.psum(jax.tree.map(lambda x: x.sum(), sums), AXIS)
-
-
-def map_over_devices(step: Callable, in_axes: tuple, **pmap_args) -> Callable:
-  """Maps a step over this process's devices; results are equal on all.
-
-  Everything about `jax.pmap` is here: arguments with axis None are ordinary
-  replicated trees, arguments with axis 0 are stacked by device, and what comes
-  back is not stacked.
-  """
-  # pmap wants one mapped argument at least; a resident data set has none.
-  device = jax.device_put(np.arange(jax.local_device_count()), _sharding(AXIS))
-  mapped = jax.pmap(
-    lambda *args: step(*args[:-1]),
-    axis_name=AXIS,
-    in_axes=(*in_axes, 0),
-    out_axes=None,
-    **pmap_args,
-  )
-  return lambda *args: mapped(*args, device)
-
-
-def replicate(tree: Any) -> Any:
-  """Puts a tree on every device, where pmap expects it."""
-  return jax.device_put(tree, _sharding())
-
-
-def _sharding(*axes: str) -> NamedSharding:
-  # The mesh is pmap's own, so that the step compiles once and not twice.
-  mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
-  return NamedSharding(mesh, PartitionSpec(*axes))
-
-
-def split_over_devices(tree: Any) -> Any:
-  """Reshapes leaves (batch, ...) to (devices, batch / devices, ...)."""
-  n = jax.local_device_count()
-  return jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), tree)

@@ -1,0 +1,98 @@
+"""What a recipe computes: its network, its optimizer and its two steps."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from skipinit_jax.models.resnet import ResNet
+from skipinit_jax.training import step as steps
+from skipinit_jax.training.config import build_method, build_model
+from skipinit_jax.training.devices import map_over_devices
+from skipinit_jax.training.optimizer import make_optimizer, make_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The computation of a run, not yet compiled.
+
+  Attributes:
+    model, tx: the network and its optimizer.
+    train_step: mapped (state, inputs, stop, count) -> (state, metrics), several
+      steps where count is more than 1; the state is donated. See
+      `step.train_step`.
+    eval_step: mapped (params, batch_stats, images, labels, mask, stop) -> sums;
+      see `step.eval_step`.
+  """
+
+  model: ResNet
+  tx: optax.GradientTransformation
+  train_step: Callable
+  eval_step: Callable
+
+
+def make_program(
+  config: ConfigDict, data: Any, devices: Sequence[jax.Device] | None = None
+) -> Program:
+  """Builds the computation of `config` on `data`.
+
+  Args:
+    config: a recipe.
+    data: of `data.open_dataset`; only its sizes and its pure functions are
+      used, no image.
+    devices: to compile for; None: all of every process.
+
+  Raises:
+    InputError: a network that can't be.
+  """
+  model = build_model(config, data.num_classes)
+  schedule = make_schedule(config, data.train_size)
+  tx = make_optimizer(config, build_method(config), schedule)
+  train_step = functools.partial(
+    steps.train_step,
+    model=model,
+    tx=tx,
+    schedule=schedule,
+    choose=data.choose,
+    augment=data.augmentation,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    micro_batches=config.micro_batches,
+    label_smoothing=config.label_smoothing,
+    ema_decay=config.ema_decay,
+    log_every=config.log_every_steps,
+  )
+  eval_step = functools.partial(
+    steps.eval_step, model=model, normalize=data.augmentation.normalize
+  )
+  several = functools.partial(
+    _several, train_step, in_loop=config.steps_per_call > 1
+  )
+  return Program(
+    model=model,
+    tx=tx,
+    train_step=map_over_devices(
+      several, (None, data.input_axis, 0, None), devices, donate_argnums=0
+    ),
+    eval_step=map_over_devices(eval_step, (None, None, 0, 0, 0, 0), devices),
+  )
+
+
+def _several(step, state, inputs, stop, count, *, in_loop):
+  """`count` steps in a loop on the device; without one, `count` is 1.
+
+  The loop's length is an argument of the compiled program, so that a step is
+  the same machine code in calls of any length: resuming stays exact.
+  """
+  if not in_loop:
+    return step(state, inputs, stop)
+  _, shapes = jax.eval_shape(step, state, inputs, stop)
+  metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.fori_loop(
+    0, count, lambda _, carry: step(carry[0], inputs, stop), (state, metrics)
+  )
