@@ -8,6 +8,10 @@ class InputError(ValueError):
   """Bad input; the message is one line that names the value and the remedy."""
 
 
+class RunError(RuntimeError):
+  """A run that can't go on for a reason outside it (a full disk); one line."""
+
+
 def unknown(what: str, value: object, known: Iterable[str]) -> str:
   """A line for a name that is not in a table, with the nearest that is.
 

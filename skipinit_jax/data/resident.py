@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.errors import InputError
@@ -69,16 +70,20 @@ class Resident:
     return len(self.eval_images)
 
   def inputs(
-    self, place: Callable[[Any], Any], start_step: int
-  ) -> Iterator[tuple[jax.Array, jax.Array]]:
+    self, place: Callable[[Any], Any], config: ConfigDict, start_step: int
+  ) -> Iterator[tuple[tuple[jax.Array, jax.Array], list[str]]]:
     """What each step takes: all of the images, put on the devices once.
 
     Args:
       place: puts a tree of arrays on the devices.
-      start_step: makes no difference here.
+      config, start_step: make no difference here.
+
+    Returns:
+      Endless: (images, labels), and the names of unreadable images, none.
     """
-    del start_step
-    return itertools.repeat(place((self.images, self.labels.astype(np.int32))))
+    del config, start_step
+    arrays = place((self.images, self.labels.astype(np.int32)))
+    return itertools.repeat((arrays, []))
 
   def choose(
     self,
@@ -105,22 +110,22 @@ class Resident:
     return images[index], labels[index]
 
   def eval_batches(
-    self, batch_size: int
+    self, batch_size: int, process_index: int = 0, process_count: int = 1
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Every evaluation image once: (images uint8, labels int32, mask bool).
 
-    All batches have `batch_size` rows; the last is filled up with rows whose
-    mask is False.
+    Args:
+      batch_size: over all processes; the last batch is filled up with rows
+        whose mask is False.
+      process_index, process_count: whose rows of each batch to give.
     """
+    share = batch_size // process_count
     for start in range(0, self.eval_size, batch_size):
-      images = self.eval_images[start : start + batch_size]
-      labels = self.eval_labels[start : start + batch_size].astype(np.int32)
-      fill = batch_size - len(images)
-      yield (
-        np.pad(images, ((0, fill), (0, 0), (0, 0), (0, 0))),
-        np.pad(labels, (0, fill)),
-        np.arange(batch_size) < len(images),
-      )
+      rows = start + share * process_index + np.arange(share)
+      mask = rows < self.eval_size
+      rows = np.where(mask, rows, 0)
+      labels = self.eval_labels[rows].astype(np.int32)
+      yield self.eval_images[rows], labels, mask
 
 
 def batch_indices(

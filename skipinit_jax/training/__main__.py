@@ -1,25 +1,52 @@
 """The command line of training: `python -m skipinit_jax.training`."""
 
+import contextlib
 import os
 import re
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.training import processes
 from skipinit_jax.training.config import recipe_path
 from skipinit_jax.training.loop import train
+from skipinit_jax.training.signals import Stopped, leave
 
-BAD_INPUT = 2  # Exit status.
+# Exit statuses, beside a diverged run's, a signal's and `watchdog.STUCK`.
+FAILED, BAD_INPUT = 1, 2
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Recipe: a file, or the name of a bundled one (digits).'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run; by default a new one under runs/.'
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'This is one process of several, started by Cloud TPU, Slurm or Open MPI.',
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'host:port of process 0, of several started by hand.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'How many, with --coordinator.', lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which one, from 0, with --coordinator.', lower_bound=0
+)
+_HEARTBEAT = flags.DEFINE_integer(
+  'heartbeat_seconds',
+  100,
+  'Silence of a process after which the others end.',
+  lower_bound=1,
 )
 
 
@@ -52,20 +79,48 @@ def main(argv: list[str]) -> None:
   """Trains, says how it ended, and exits with the run's status."""
   del argv
   config = _CONFIG.value
-  if _WORKDIR.value is None:
-    workdir = _new_workdir()
-    print(f'workdir: {workdir}', file=sys.stderr)
-  else:
-    workdir = Path(_WORKDIR.value)
-  try:
+  with _one_line_each():
+    processes.initialize(
+      _DISTRIBUTED.value,
+      _COORDINATOR.value,
+      _NUM_PROCESSES.value,
+      _PROCESS_ID.value,
+      _HEARTBEAT.value,
+    )
+    if _WORKDIR.value is None:
+      workdir = _new_workdir()
+      print(f'workdir: {workdir}', file=sys.stderr)
+    else:
+      workdir = Path(_WORKDIR.value)
     result = train(config, workdir)
-  except InputError as error:
-    _exit(str(error))
-  except KeyboardInterrupt:
-    _exit('interrupted; the same command goes on from the last checkpoint', 130)
-  print(summary(result, workdir))
+  if jax.process_index() == 0:
+    print(summary(result, workdir))
+  processes.shut_down()
   if result['status'] == 'diverged':
     sys.exit(config.diverged_status)
+
+
+@contextlib.contextmanager
+def _one_line_each() -> Iterator[None]:
+  """What a run may end in, but for our own bugs, as one line and a status."""
+  try:
+    yield
+  except InputError as error:
+    _exit(str(error))
+  except RunError as error:
+    _exit(str(error), FAILED)
+  except Stopped as error:
+    name = signal.Signals(error.number).name
+    _exit(
+      f'stopped by {name} after step {error.step:,}, which is saved; the same '
+      'command goes on from there',
+      error.status,
+    )
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    # Most often another process was lost.
+    _exit(f'a process was lost: {str(error).splitlines()[0]}', processes.LOST)
 
 
 def summary(result: dict, workdir: Path) -> str:
@@ -95,19 +150,27 @@ def _with_recipe_path(args: list[str]) -> list[str]:
 
 
 def _new_workdir() -> Path:
+  """Named by the first process for all."""
   name = config_flags.get_config_filename(flags.FLAGS['config'])
-  stamp = time.strftime('%Y%m%d-%H%M%S')
-  return Path('runs') / f'{Path(name).stem}-{stamp}-{os.getpid()}'
+  now = processes.from_first(int(time.time()))
+  stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(now))
+  return (
+    Path('runs')
+    / f'{Path(name).stem}-{stamp}-{processes.from_first(os.getpid())}'
+  )
 
 
 def _exit(message: str, status: int = BAD_INPUT) -> None:
-  print(f'error: {message}', file=sys.stderr)
+  line = f'error: {message}' if status < 128 else message
+  if processes.several():
+    leave(line, status)  # JAX's own exit handlers wait for the others.
+  print(line, file=sys.stderr)
   sys.exit(status)
 
 
 def run() -> None:
   """Entry point of `train.py` and of `python -m skipinit_jax.training`."""
-  logging.set_verbosity(logging.WARNING)  # Orbax and JAX say a lot at INFO.
+  logging.set_verbosity(logging.ERROR)  # Orbax and JAX say a lot.
   try:  # ml_collections looks for overrides in sys.argv itself.
     sys.argv[1:] = _with_recipe_path(sys.argv[1:])
   except InputError as error:

@@ -15,6 +15,7 @@ from skipinit_jax.models.resnet import RESNETS, ResNet, WideResNet
 MODELS = ('wide_resnet', 'resnet')
 SCHEDULES = ('constant', 'halving', 'step', 'cosine')
 DTYPES = ('auto', 'float32', 'bfloat16')
+ON_DIVERGENCE = ('stop', 'skip', 'back')
 CLASSIFIER_INITS = ('he', 'zero')
 
 
@@ -57,6 +58,7 @@ def default_config() -> ConfigDict:
   config.data.cutout = 0  # Side in pixels of the square that is blanked.
   config.data.mixup = 0.0  # alpha; see `data.augment.mix`.
   config.data.cutmix = 0.0
+  config.data.bad_share = 1e-3  # Of images that may be unreadable.
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 0.1
@@ -85,7 +87,13 @@ def default_config() -> ConfigDict:
   config.keep_checkpoints = 2
   config.compilation_cache = '~/.cache/skipinit_jax'  # Empty: none.
   config.allow_cpu = False  # Train on the CPU of a machine with accelerators.
+  config.on_divergence = 'stop'  # One of ON_DIVERGENCE.
+  config.divergence_limit = 3  # skip: steps in a row; back: times.
+  config.divergence_factor = 0.5  # back: on the learning rate, each time.
   config.diverged_status = 3  # Exit status of a run that diverged.
+  config.stuck_after_seconds = 1800.0  # Without a step the process ends.
+  config.fall_back = True  # From a damaged checkpoint to the one before it.
+  config.accept_changes = False  # Go on in a workdir of another config.
   return config
 
 
@@ -116,6 +124,7 @@ def check_config(config: ConfigDict, device_count: int) -> None:
     *('batch_size', 'eval_batch_size', 'epochs', 'log_every_steps'),
     *('eval_every_epochs', 'checkpoint_every_steps', 'keep_checkpoints'),
     *('micro_batches', 'steps_per_call'),
+    *('divergence_limit', 'stuck_after_seconds'),
     *('model.depth', 'model.width', 'schedule.every_epochs'),
     *('optimizer.learning_rate', 'optimizer.reference_batch'),
     *('optimizer.clip_norm', 'optimizer.adaptive_clip'),
@@ -126,6 +135,8 @@ def check_config(config: ConfigDict, device_count: int) -> None:
     *('model.dropout', 'optimizer.momentum'),
   ):
     _within(config, field, 0, 1, 'at least 0 and less than 1', closed=True)
+  for field in ('divergence_factor', 'data.bad_share'):
+    _within(config, field, 0, 1, 'more than 0 and less than 1')
   for field in (
     *('optimizer.l2', 'schedule.warmup_epochs', 'schedule.hold_epochs'),
     *('schedule.factor', 'seed'),
@@ -135,6 +146,7 @@ def check_config(config: ConfigDict, device_count: int) -> None:
     ('model.name', MODELS),
     ('schedule.name', SCHEDULES),
     ('dtype', DTYPES),
+    ('on_divergence', ON_DIVERGENCE),
     ('model.classifier_init', CLASSIFIER_INITS),
   ):
     value = _get(config, field)
@@ -213,9 +225,8 @@ def _check_group(config: ConfigDict, share: int) -> None:
   if normalizes and share % int(group):
     near = _nearest_divisor(share, int(group))
     raise InputError(
-      f"model.statistics_group={group} does not divide a device's share of "
-      f'the batch (a micro-batch of it, if any), {share} images; nearest: {near} '
-      "(or 'device', 'all')"
+      f'model.statistics_group={group} does not divide the {share} images '
+      f"that a device takes at a time; nearest: {near} (or 'device', 'all')"
     )
 
 

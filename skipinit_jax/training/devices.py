@@ -1,5 +1,6 @@
 """How a step is mapped over devices: everything about `jax.pmap` is here."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,6 +54,21 @@ def shard(tree: Any) -> Any:
   return jax.device_put(
     jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), tree),
     _sharding(AXIS),
+  )
+
+
+@functools.cache
+def tell(stop: bool = False, replaced: int = 0) -> dict[str, jax.Array]:
+  """What this process tells the others in a step, on its devices.
+
+  Args:
+    stop: it was asked to stop.
+    replaced: images of its part of the batch that could not be read.
+  """
+  values = {'stop': stop, 'replaced': replaced}
+  first = np.arange(jax.local_device_count()) == 0
+  return jax.device_put(
+    {name: np.int32(v) * first for name, v in values.items()}, _sharding(AXIS)
   )
 
 

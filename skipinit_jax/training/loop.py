@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
@@ -13,11 +12,12 @@ from skipinit_jax.training import devices, startup
 from skipinit_jax.training.checkpoints import Checkpoints
 from skipinit_jax.training.config import check_config
 from skipinit_jax.training.evaluate import evaluate
-from skipinit_jax.training.metrics import Reporter
+from skipinit_jax.training.metrics import Reporter, last_eval
 from skipinit_jax.training.program import make_program
 from skipinit_jax.training.result import read_result, write_result
-from skipinit_jax.training.step import create_state
+from skipinit_jax.training.signals import Stopped, StopRequest
 from skipinit_jax.training.timetable import make_timetable
+from skipinit_jax.training.watchdog import Watchdog
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
@@ -36,11 +36,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   Raises:
     InputError: a recipe that can't run, or a workdir of another run; one line,
       before anything is compiled or written.
+    RunError: the run can't go on, for a reason outside it; what was saved stays
+      good.
+    Stopped: asked to stop by SIGTERM or SIGINT; all steps made are saved.
   """
   began = time.perf_counter()
   workdir = Path(workdir)
   startup.check_devices(config)
-  check_config(config, jax.local_device_count())
+  check_config(config, jax.device_count())
   data = open_dataset(config.data)
   program = make_program(config, data)
   startup.open_workdir(workdir, config)
@@ -49,57 +52,73 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   startup.set_compilation_cache(config.compilation_cache)
 
   times = make_timetable(config, data.train_size)
-  state = devices.replicate(
-    create_state(
-      startup.init_variables(program.model, data.image_shape, config.seed),
-      program.tx,
-      ema=config.ema_decay is not None,
-    )
-  )
-  checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-  start = checkpoints.latest_step() or 0
-  if start:
-    state = checkpoints.restore(start, state)
-  reporter = Reporter(
-    workdir,
-    start=start,
-    times=times,
-    batch_size=config.batch_size,
-  )
-  reporter.say(
-    startup.describe(config, program.model, data, state, times.total)
-  )
-  no_stop = devices.shard(np.zeros(jax.local_device_count(), bool))
   place = devices.replicate if data.input_axis is None else devices.shard
-  inputs = data.inputs(place, start)
+  with (
+    StopRequest(startup.say) as request,
+    Watchdog(config.stuck_after_seconds) as watchdog,
+    Checkpoints(workdir, config, startup.say) as checkpoints,
+  ):
 
-  step = start
-  while step < times.total:
-    with reporter.waiting():
-      batch = next(inputs)
-    count = times.count(step)
-    state, metrics = program.train_step(state, batch, no_stop, count)
-    step += count
-    reporter.train(step, count, metrics)
-    if times.evaluates(step) or times.saves(step):
-      reporter.flush()
+    def asked() -> bool:
+      watchdog.beat()
+      return request.requested is not None
+
+    step, state = startup.restore_or_create(program, config, data, checkpoints)
+    reporter = Reporter(workdir, step, times, config)
+    reporter.say(startup.describe(config, program.model, data, state, times))
+    startup.warm_up(program, state, config, data)
+    inputs = data.inputs(place, config, step)
+    seen = last_eval(workdir, step)  # Step of the last evaluation.
+
+    stopped = False
+    while not (reporter.diverged or stopped):
+      # First what is due: a run that was stopped here begins with it.
+      results = {}
+      if times.evaluates(step) and step > seen:
+        results = evaluate(program, state, config, data, asked)
+        if results is None:
+          stopped = True
+          break
+        reporter.eval(step, results)
+        seen = step
+      if times.saves(step):
+        reporter.sync()
+        checkpoints.save(step, state, results.get('eval'))
+        reporter.restart_clock(step)
+      if step == times.total:
+        break
+
+      with reporter.waiting():
+        batch, unreadable = next(inputs)
+      count = times.count(step)
+      host = devices.tell(asked(), reporter.unreadable(unreadable))
+      state, metrics = program.train_step(state, batch, host, count)
+      step += count
+      reporter.train(step, count, metrics)
+      request.nothing_to_lose = False
+      watchdog.beat(step)
+      if times.evaluates(step) or times.saves(step):
+        reporter.flush()
+      if reporter.diverged and startup.may_go_back(state, config):
+        step, state = startup.go_back(state, program, config, data, checkpoints)
+        reporter.go_back(step)
+        inputs = data.inputs(place, config, step)
+        seen = step
+      stopped = reporter.stop
+
+    reporter.flush()
+    if stopped:
+      if not reporter.diverged:
+        reporter.sync()
+        checkpoints.save(step, state)
+        checkpoints.wait()
+      raise Stopped(request.requested, int(state.step))
     if reporter.diverged:
-      break
-    if times.evaluates(step):
-      reporter.eval(step, evaluate(program, state, config, data))
-    if times.saves(step):
-      checkpoints.save(step, state)
-      reporter.restart_clock(step)
-
-  if reporter.diverged:  # The state is that of the last finite step.
-    step = int(state.step)
-    reporter.eval(step, evaluate(program, state, config, data))
-  checkpoints.close()
-  reporter.close()
-  return write_result(
-    workdir,
-    status='diverged' if reporter.diverged else 'completed',
-    steps=int(state.step),
-    params=state.params,
-    seconds=time.perf_counter() - began,
-  )
+      step = int(state.step)  # That of the last finite parameters.
+      if step > seen:
+        reporter.eval(step, evaluate(program, state, config, data))
+    checkpoints.wait()
+    reporter.close()
+    return write_result(
+      workdir, state, reporter, seconds=time.perf_counter() - began
+    )

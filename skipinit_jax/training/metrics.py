@@ -6,62 +6,87 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import tensorboardX
 import tqdm
+from ml_collections import ConfigDict
 
+from skipinit_jax.errors import RunError
 from skipinit_jax.training.timetable import Timetable
 
 METRICS = 'metrics.jsonl'
+# What differs from run to run; every other field of a line is reproducible.
+TIMINGS = ('images_per_second', 'data_wait_seconds')
 
 
 class Reporter:
   """Writes the metrics of a run and shows its progress.
 
+  In a job of several processes only the first writes.
+
   Args:
     workdir: of the run.
     start: steps made already.
     times: when a line is due.
-    batch_size: for images a second.
+    config: its batch size, and the share of images that may be unreadable.
 
   Attributes:
     diverged: whether metrics that are not finite were read.
+    stop: whether any process was asked to stop.
+    replaced: images that could not be read, since the start of training.
+    last: the last finite training metrics and their step.
   """
 
   def __init__(
-    self,
-    workdir: Path,
-    start: int,
-    times: Timetable,
-    batch_size: int,
+    self, workdir: Path, start: int, times: Timetable, config: ConfigDict
   ):
     self._path = workdir / METRICS
-    self._drop_after(start)
-    self._file = self._path.open('a')
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=start
-    )
+    self._writes = jax.process_index() == 0
+    self._times = times
+    self._batch_size = config.batch_size
+    self._bad_share = config.data.bad_share
+    self._names: list[str] = []
+    self._board = None
+    self._compiled = False
+    self._eval = ''
     # disable=None: nothing where standard error is not a terminal.
     self._bar = tqdm.tqdm(
-      initial=start,
       total=times.total,
-      disable=None,
+      disable=None if self._writes else True,
       unit='step',
       dynamic_ncols=True,
       bar_format='{percentage:3.0f}% {n_fmt}/{total_fmt} steps, '
       '{remaining} left{postfix}',
     )
-    self._times = times
-    self._batch_size = batch_size
-    self._compiled = False
-    self._pending = None
-    self._eval = ''
-    self.diverged = False
+    self._open(start)
+
+  def _open(self, start: int) -> None:
+    """Takes up the files after `start` steps, without what came later."""
+    self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+    self.diverged = self.stop = False
+    self.last: dict[str, float] = {}
+    self.replaced = 0
+    if self._writes:
+      lines = _lines_until(self._path, start)
+      self.replaced = sum(json.loads(x).get('replaced', 0) for x in lines)
+      temporary = self._path.with_suffix('.tmp')
+      temporary.write_text(''.join(lines))
+      os.replace(temporary, self._path)
+      self._file = self._path.open('a')
+      self._board = tensorboardX.SummaryWriter(
+        str(self._path.parent / 'tensorboard'), purge_step=start
+      )
+    self._bar.n = self._bar.initial = start
     self.restart_clock(start)
+
+  def go_back(self, step: int) -> None:
+    """Takes back all that was written after `step` steps."""
+    self._close_files()
+    self._open(step)
 
   def restart_clock(self, step: int) -> None:
     """Leaves what happened since the last line out of images a second."""
@@ -78,7 +103,7 @@ class Reporter:
   def train(
     self, step: int, count: int, metrics: Mapping[str, jax.Array]
   ) -> None:
-    """Takes the metrics of a call of `count` steps, and reads those due.
+    """Takes the metrics of a call of `count` steps, and reads those before.
 
     They are read one call late, when the next one is already running, so that
     the device does not wait for the host; `flush` reads them at once.
@@ -88,31 +113,38 @@ class Reporter:
       jax.block_until_ready(metrics)
       self.restart_clock(step)
       self._compiled = True
-    if self._times.logs(step):
-      self._pending = step, metrics
+    self._pending = step, metrics
     self._bar.update(count)
 
   def flush(self) -> None:
-    """Writes the line of the metrics taken and not yet read."""
+    """Reads the metrics taken and not yet read, and writes what is due."""
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None
-    values = {name: value.item() for name, value in metrics.items()}
+    values = {k: v.item() for k, v in jax.device_get(dict(metrics)).items()}
     self.diverged = not values.pop('finite')
-    values.pop('stop')
-    since, start = self._clock
-    seconds = time.perf_counter() - start
-    rate = (step - since) * self._batch_size / seconds
-    timings = {
-      'images_per_second': round(rate, 2),
-      'data_wait_seconds': round(self._waited, 4),
-    }
-    self.restart_clock(step)
-    self._write(step, values | timings)
-    self._bar.set_postfix_str(
-      f'{rate:,.0f} images/s, loss {values["loss"]:.4f}, '
-      f'top-1 {values["top1"]:.3f}{self._eval}'
-    )
+    self.stop = values.pop('stop') > 0
+    if replaced := values.pop('replaced'):
+      self.replaced += replaced
+      self._write(step, {'replaced': replaced})
+      self._check_share(step)
+    if not values['skipped']:
+      del values['skipped']
+    if not self.diverged:
+      self.last = {'step': step} | values
+    elif not self._times.logs(step):
+      self._write(step, values)  # What it looked like when it diverged.
+    if self._times.logs(step):
+      since, start = self._clock
+      rate = (step - since) * self._batch_size / (time.perf_counter() - start)
+      waited = self._waited
+      self.restart_clock(step)
+      timings = round(rate, 2), round(waited, 4)
+      self._write(step, values | dict(zip(TIMINGS, timings, strict=True)))
+      self._bar.set_postfix_str(
+        f'{rate:,.0f} images/s, loss {values["loss"]:.4f}, '
+        f'top-1 {values["top1"]:.3f}{self._eval}'
+      )
 
   def eval(self, step: int, results: Mapping[str, Any]) -> None:
     """Writes the results of an evaluation, see `evaluate`."""
@@ -122,40 +154,78 @@ class Reporter:
 
   def say(self, line: str) -> None:
     """Prints a line to standard error, above the progress line."""
-    tqdm.tqdm.write(line, file=sys.stderr)
+    if self._writes:
+      tqdm.tqdm.write(line, file=sys.stderr)
+
+  def unreadable(self, names: Sequence[str]) -> int:
+    """Names images of this process that could not be read; their number."""
+    for name in names:
+      print(f'could not be read, replaced: {name}', file=sys.stderr)
+    self._names += names
+    return len(names)
+
+  def _check_share(self, step: int) -> None:
+    """One unreadable image in a short run is no reason to end it."""
+    images = max(step * self._batch_size, 1 / self._bad_share)
+    if self.replaced > self._bad_share * images:
+      names = ', '.join(dict.fromkeys(self._names))
+      raise RunError(
+        f'{self.replaced} of {step * self._batch_size:,} images could not be '
+        f'read, more than data.bad_share={self._bad_share:g}: {names}'
+      )
+
+  def sync(self) -> None:
+    """Makes what was written last through a crash of the machine."""
+    if self._writes:
+      os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Closes the files and the progress line."""
     self._bar.close()
-    self._file.close()
-    self._board.close()
+    self._close_files()
+
+  def _close_files(self) -> None:
+    if self._writes:
+      self._file.close()
+      self._board.close()
 
   def _write(self, step: int, values: Mapping[str, Any]) -> None:
-    epoch = round(step / self._times.per_epoch, 4)
-    line = {'step': step, 'epoch': epoch} | dict(values)
-    self._file.write(dumps(line) + '\n')
-    self._file.flush()
-    groups = {k: v for k, v in values.items() if isinstance(v, Mapping)}
-    for group, scalars in (groups or {'train': values}).items():
-      for name, value in scalars.items():
-        if math.isfinite(value):  # TensorBoard has no place for the others.
-          self._board.add_scalar(f'{group}/{name}', value, step)
-
-  def _drop_after(self, step: int) -> None:
-    """Removes the lines that a resumed run is going to write again."""
-    if self._path.exists():
-      lines = self._path.read_text().splitlines(keepends=True)
-      kept = [line for line in lines if _step_of(line) <= step]
-      temporary = self._path.with_suffix('.tmp')
-      temporary.write_text(''.join(kept))
-      os.replace(temporary, self._path)
+    if not self._writes:
+      return
+    line = {'step': step, 'epoch': round(step / self._times.per_epoch, 4)}
+    try:
+      self._file.write(dumps(line | dict(values)) + '\n')
+      self._file.flush()
+      groups = {k: v for k, v in values.items() if isinstance(v, Mapping)}
+      for group, scalars in (groups or {'train': values}).items():
+        for name, value in scalars.items():
+          if math.isfinite(value):  # TensorBoard has no place for the others.
+            self._board.add_scalar(f'{group}/{name}', value, step)
+    except OSError as error:
+      raise RunError(
+        f'metrics can not be written to {self._path}: {error.strerror}'
+      ) from None
 
 
 def read_evals(workdir: Path) -> list[dict[str, float]]:
   """All evaluations of a run: top1, top5, loss and step, in order."""
-  with (workdir / METRICS).open() as file:
-    lines = [json.loads(line) for line in file]
-  return [{**x['eval'], 'step': x['step']} for x in lines if 'eval' in x]
+  return [
+    {**line['eval'], 'step': line['step']}
+    for line in read_metrics(workdir)
+    if 'eval' in line
+  ]
+
+
+def last_eval(workdir: Path, until: int) -> int:
+  """The step of the last evaluation after at most `until` steps, or 0."""
+  steps = [e['step'] for e in read_evals(workdir)]
+  return max((s for s in steps if s <= until), default=0)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+  """All whole lines of a run's metrics, in order; [] if there are none."""
+  path = workdir / METRICS
+  return [json.loads(line) for line in _lines_until(path, math.inf)]
 
 
 def dumps(value: Any, **kwargs) -> str:
@@ -173,8 +243,16 @@ def _finite(value: Any) -> Any:
   return value
 
 
+def _lines_until(path: Path, step: float) -> Sequence[str]:
+  """The whole lines of at most `step` steps."""
+  if not path.exists():
+    return []
+  lines = path.read_text().splitlines(keepends=True)
+  return [line for line in lines if _step_of(line) <= step]
+
+
 def _step_of(line: str) -> float:
   try:
-    return json.loads(line)['step']
+    return json.loads(line)['step'] if line.endswith('\n') else math.nan
   except ValueError:  # Cut off when the run was killed.
-    return math.inf
+    return math.nan

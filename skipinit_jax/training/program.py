@@ -23,10 +23,10 @@ class Program:
 
   Attributes:
     model, tx: the network and its optimizer.
-    train_step: mapped (state, inputs, stop, count) -> (state, metrics), several
+    train_step: mapped (state, inputs, host, count) -> (state, metrics), several
       steps where count is more than 1; the state is donated. See
       `step.train_step`.
-    eval_step: mapped (params, batch_stats, images, labels, mask, stop) -> sums;
+    eval_step: mapped (params, batch_stats, images, labels, mask, host) -> sums;
       see `step.eval_step`.
   """
 
@@ -66,6 +66,7 @@ def make_program(
     label_smoothing=config.label_smoothing,
     ema_decay=config.ema_decay,
     log_every=config.log_every_steps,
+    max_skips=config.divergence_limit if config.on_divergence == 'skip' else 0,
   )
   eval_step = functools.partial(
     steps.eval_step, model=model, normalize=data.augmentation.normalize
@@ -83,16 +84,16 @@ def make_program(
   )
 
 
-def _several(step, state, inputs, stop, count, *, in_loop):
+def _several(step, state, inputs, host, count, *, in_loop):
   """`count` steps in a loop on the device; without one, `count` is 1.
 
   The loop's length is an argument of the compiled program, so that a step is
   the same machine code in calls of any length: resuming stays exact.
   """
   if not in_loop:
-    return step(state, inputs, stop)
-  _, shapes = jax.eval_shape(step, state, inputs, stop)
+    return step(state, inputs, host)
+  _, shapes = jax.eval_shape(step, state, inputs, host)
   metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   return jax.lax.fori_loop(
-    0, count, lambda _, carry: step(carry[0], inputs, stop), (state, metrics)
+    0, count, lambda _, carry: step(carry[0], inputs, host), (state, metrics)
   )

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
-from skipinit_jax.training.metrics import dumps, read_evals
+from skipinit_jax.training.metrics import Reporter, dumps, read_evals
+from skipinit_jax.training.step import TrainState
 from skipinit_jax.version import __version__
 
 RESULT = 'result.json'
@@ -23,33 +26,52 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
 
 
 def write_result(
-  workdir: Path, *, status: str, steps: int, params: Any, seconds: float
+  workdir: Path, state: TrainState, reporter: Reporter, seconds: float
 ) -> dict[str, Any]:
   """Writes `result.json`, in one piece, and returns it.
 
   Args:
     workdir: of the run, with its metrics.
-    status: 'completed' or 'diverged'.
-    steps: updates made.
-    params: the parameters at the end.
+    state: at the end.
+    reporter: whether the run diverged, and its last finite metrics.
     seconds: since the start of this process's part of the run.
   """
-  evals = read_evals(workdir)
-  result = {
-    'status': status,
-    'eval': evals[-1],
-    'best_eval': max(evals, key=lambda e: e['top1']),
-    'steps': steps,
-    'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
-    'seconds': round(seconds, 2),
-    'versions': versions(),
-    'device': f'{jax.local_device_count()} x {jax.devices()[0].device_kind}',
-    'revision': revision(),
+  if jax.process_index() == 0:
+    evals = read_evals(workdir)
+    result = {
+      'status': 'diverged' if reporter.diverged else 'completed',
+      'eval': evals[-1],
+      'best_eval': max(evals, key=lambda e: e['top1']),
+      'steps': int(state.step),
+      'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+      'seconds': round(seconds, 2),
+      'versions': versions(),
+      'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+      'revision': revision(),
+    }
+    if reporter.diverged:
+      result['divergence'] = {
+        'last_finite': reporter.last,
+        'largest_norms': largest_norms(state.params),
+      }
+    temporary = workdir / f'{RESULT}.tmp'
+    temporary.write_text(dumps(result, indent=2) + '\n')
+    os.replace(temporary, workdir / RESULT)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('result.json is written')
+  return read_result(workdir)
+
+
+def largest_norms(params: Any, number: int = 5) -> dict[str, float]:
+  """The parameters of the largest norms, largest first."""
+  norms = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): float(
+      jnp.linalg.norm(leaf)
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
-  temporary = workdir / f'{RESULT}.tmp'
-  temporary.write_text(dumps(result, indent=2) + '\n')
-  os.replace(temporary, workdir / RESULT)
-  return result
+  largest = sorted(norms, key=norms.get, reverse=True)[:number]
+  return {name: norms[name] for name in largest}
 
 
 def versions() -> dict[str, str]:

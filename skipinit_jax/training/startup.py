@@ -2,22 +2,31 @@
 
 import glob
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from skipinit_jax import published
-from skipinit_jax.data import Resident
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.parameters import count_parameters
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import unstack_blocks
+from skipinit_jax.training.checkpoints import Checkpoints
 from skipinit_jax.training.config import build_method, peak_rate
+from skipinit_jax.training.devices import replicate, shard, tell
+from skipinit_jax.training.evaluate import eval_batch_size
 from skipinit_jax.training.metrics import dumps
-from skipinit_jax.training.step import TrainState
+from skipinit_jax.training.program import Program
+from skipinit_jax.training.step import TrainState, create_state
+from skipinit_jax.training.timetable import Timetable
 
 CONFIG = 'config.json'
 # Device files of accelerators, and what to install for each.
@@ -26,6 +35,12 @@ ACCELERATORS = {
   '/dev/accel[0-9]*': ('TPU', "pip install 'jax[tpu]'"),
 }
 LARGE_BATCH = 2048
+# Fields that may differ when a run goes on: they don't change its numbers.
+FREE = (
+  *('eval_batch_size', 'checkpoint_every_steps', 'keep_checkpoints'),
+  *('compilation_cache', 'allow_cpu', 'diverged_status', 'fall_back'),
+  *('stuck_after_seconds', 'accept_changes', 'data.dir', 'data.workers'),
+)
 
 
 def check_devices(config: ConfigDict) -> None:
@@ -44,28 +59,44 @@ def open_workdir(workdir: Path, config: ConfigDict) -> None:
   """Makes the folder and writes config.json, or checks the one that is there.
 
   Raises:
-    InputError: the folder holds a run of another config, or is not usable.
+    InputError: the folder holds a run of another config, is not usable, or is
+      not the same folder for all processes.
   """
   path = workdir / CONFIG
   ours = json.loads(dumps(config.to_dict()))
-  if path.exists():
-    theirs = flatten(json.loads(path.read_text()))
-    changed = [
-      f'{name}={theirs.get(name)!r} there, {value!r} here'
-      for name, value in flatten(ours).items()
-      if theirs.get(name) != value
-    ]
+  if path.exists() and not config.accept_changes:
+    changed = _changes(json.loads(path.read_text()), ours)
     if changed:
       raise InputError(
         f'{workdir} holds the run of another config ({"; ".join(changed)}); '
-        'choose another --workdir'
+        'choose another --workdir, or go on with --config.accept_changes=True'
       )
-    return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps(ours, indent=2) + '\n')
-  except OSError as error:
-    raise InputError(f'can not write to {workdir}: {error.strerror}') from None
+  if jax.process_index() == 0:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      temporary = path.with_suffix('.tmp')
+      temporary.write_text(dumps(ours, indent=2) + '\n')
+      os.replace(temporary, path)
+    except OSError as error:
+      reason = error.strerror
+      raise InputError(f'can not write to {workdir}: {reason}') from None
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('config.json is written')
+    if not path.exists():
+      raise InputError(
+        f'process {jax.process_index()} does not see {path}, which process 0 '
+        'has written: the workdir must be a folder that all hosts share'
+      )
+
+
+def _changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+  """The fields that make another run, with both values."""
+  theirs, ours = flatten(theirs), flatten(ours)
+  return [
+    f'{name}={theirs.get(name)!r} there, {ours.get(name)!r} here'
+    for name in {**theirs, **ours}
+    if name not in FREE and theirs.get(name) != ours.get(name)
+  ]
 
 
 def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -87,6 +118,26 @@ def set_compilation_cache(folder: str) -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
+def restore_or_create(
+  program: Program, config: ConfigDict, data: Any, checkpoints: Checkpoints
+) -> tuple[int, TrainState]:
+  """The newest saved state and its step, or the one before the first step."""
+
+  def create() -> TrainState:
+    variables = init_variables(program.model, data.image_shape, config.seed)
+    ema = config.ema_decay is not None
+    return create_state(variables, program.tx, ema=ema)
+
+  step, state = checkpoints.restore_latest(like=jax.eval_shape(create))
+  if state is not None:
+    return step, state
+  # The program runs once; optimizing it takes longer than running it.
+  options = {}
+  if jax.default_backend() == 'cpu':
+    options = {'xla_backend_optimization_level': 0}
+  return 0, replicate(jax.jit(create, compiler_options=options)())
+
+
 def init_variables(
   model: ResNet, image_shape: tuple[int, int, int], seed: int
 ) -> dict[str, Any]:
@@ -95,29 +146,64 @@ def init_variables(
   They are drawn for the scanned form, whose program is small whatever the
   depth, and unstacked if the model is not scanned: both forms start alike.
   """
-  images = jnp.zeros((1, *image_shape))
-
-  def init(key: jax.Array) -> dict[str, Any]:
-    return model.clone(scan=True, axis_name=None).init(key, images, train=False)
-
-  # The program runs once; optimizing it takes longer than running it.
-  options = {}
-  if jax.default_backend() == 'cpu':
-    options = {'xla_backend_optimization_level': 0}
   key = jax.random.fold_in(jax.random.key(seed), 0)
-  variables = jax.jit(init, compiler_options=options)(key)
+  images = jnp.zeros((1, *image_shape))
+  scanned = model.clone(scan=True, axis_name=None)
+  variables = scanned.init(key, images, train=False)
   return variables if model.scan else unstack_blocks(variables)
+
+
+def may_go_back(state: TrainState, config: ConfigDict) -> bool:
+  """Whether a diverged run is to go on from its last checkpoint."""
+  limit = config.divergence_factor ** (config.divergence_limit - 0.5)
+  return config.on_divergence == 'back' and state.rate_scale > limit
+
+
+def go_back(
+  state: TrainState,
+  program: Program,
+  config: ConfigDict,
+  data: Any,
+  checkpoints: Checkpoints,
+) -> tuple[int, TrainState]:
+  """The last saved state, with a smaller learning rate than `state`."""
+  scale = np.float32(state.rate_scale * config.divergence_factor)
+  diverged = int(state.step)
+  step, state = restore_or_create(program, config, data, checkpoints)
+  say(
+    f'diverged after step {diverged:,}; back to step {step:,} with the '
+    f'learning rate times {scale:g}'
+  )
+  return step, state.replace(rate_scale=replicate(scale))
+
+
+def warm_up(
+  program: Program, state: TrainState, config: ConfigDict, data: Any
+) -> None:
+  """Compiles the evaluation while a signal to stop finds nothing to save."""
+  rows = eval_batch_size(config) // jax.process_count()
+  images = np.zeros((rows, *data.image_shape), np.uint8)
+  labels, mask = np.zeros(rows, np.int32), np.zeros(rows, bool)
+  sums = program.eval_step(
+    state.params, state.batch_stats, *shard((images, labels, mask)), tell()
+  )
+  jax.block_until_ready(sums)
+
+
+def say(line: str) -> None:
+  """Prints a line to standard error, above a progress line if there is one."""
+  tqdm.tqdm.write(line, file=sys.stderr)
 
 
 def describe(
   config: ConfigDict,
   model: ResNet,
-  data: Resident,
+  data: Any,
   state: TrainState,
-  total: int,
+  times: Timetable,
 ) -> str:
   """The lines that a run starts with."""
-  devices = jax.local_devices()
+  devices = jax.devices()
   method = build_method(config)
   name = config.model.method
   if method.alpha is not None:
@@ -138,7 +224,7 @@ def describe(
       + (' (decays)' if label in decay else '')
       for label, (arrays, elements) in counts.items()
     ),
-    f'training: {total:,} steps of {config.batch_size} images, peak rate '
+    f'training: {times.total:,} steps of {config.batch_size} images, peak rate '
     f'{peak_rate(config):.4g}' + (f', from step {start:,}' if start else ''),
   ]
   if method.normalize:
@@ -150,7 +236,7 @@ def describe(
 
 def _group(config: ConfigDict) -> str:
   group = config.model.statistics_group
-  share = config.batch_size // jax.local_device_count()
+  share = config.batch_size // jax.device_count()
   images = {'device': share, 'all': config.batch_size}.get(group, group)
   return f'{images} images ({group})' if group.isalpha() else f'{group} images'
 

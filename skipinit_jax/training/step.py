@@ -16,12 +16,16 @@ class TrainState(flax.struct.PyTreeNode):
   """Everything that training changes.
 
   Attributes:
-    step: int32 (), number of updates made.
+    step: int32 (), number of steps made.
     params: float32 parameters.
     batch_stats: running statistics of batch normalization, else {}.
     ema: moving averages, {'params': ..., 'batch_stats': ...}, or None.
     opt_state: Optax's.
-    sums: float32 (), loss and top-1 summed over the steps since the last log.
+    sums: float32 (), loss and top-1 summed over the steps since the last log,
+      and the number of these steps.
+    skipped: int32 (), steps in a row whose update was skipped.
+    rate_scale: float32 (), factor on the learning rate, below 1 after going
+      back from a divergence.
   """
 
   step: jax.Array
@@ -30,6 +34,8 @@ class TrainState(flax.struct.PyTreeNode):
   ema: Any
   opt_state: Any
   sums: dict[str, jax.Array]
+  skipped: jax.Array
+  rate_scale: jax.Array
 
 
 def create_state(
@@ -46,7 +52,9 @@ def create_state(
     batch_stats=batch_stats,
     ema=jax.tree.map(jnp.copy, averages) if ema else None,
     opt_state=tx.init(params),
-    sums={'loss': jnp.zeros(()), 'top1': jnp.zeros(())},
+    sums={name: jnp.zeros(()) for name in ('loss', 'top1', 'steps')},
+    skipped=jnp.zeros((), jnp.int32),
+    rate_scale=jnp.ones(()),
   )
 
 
@@ -79,7 +87,7 @@ def in_top_k(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 def train_step(
   state: TrainState,
   inputs: Any,
-  stop: jax.Array,
+  host: dict[str, jax.Array],
   *,
   model: nn.Module,
   tx: optax.GradientTransformation,
@@ -92,17 +100,21 @@ def train_step(
   label_smoothing: float,
   ema_decay: float | None,
   log_every: int,
+  max_skips: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update, under the mapped axis `AXIS`.
 
-  Where the loss or the gradient is not finite, nothing is updated and the step
-  is not counted: the state stays at its last finite parameters, and every later
-  call gives the same answer, so the caller may look at it late.
+  Where the loss or the gradient is not finite, nothing is updated, and unless
+  `max_skips` lets it pass the step is not counted: the state stays at its last
+  finite parameters, and every later call gives the same answer, so the caller
+  may look at it late.
 
   Args:
     state: replicated.
     inputs: of the data set, an element of its `inputs`.
-    stop: bool (), whether this device's process was asked to stop.
+    host: what this device's process has to tell the others, int32 (): `stop`,
+      whether it was asked to, and `replaced`, images of the batch that could
+      not be read.
     model, tx, schedule: the network, its optimizer and learning rate.
     choose, augment: of the data set; see `data.Resident.choose` and
       `data.Augmentation`.
@@ -112,11 +124,12 @@ def train_step(
     label_smoothing: see `cross_entropy`.
     ema_decay: of the averaged parameters, None for none.
     log_every: steps over which the reported loss and top1 are averaged.
+    max_skips: updates in a row that may be skipped as not finite.
 
   Returns:
     The new state and the metrics, scalars equal on all devices: loss and top1
     (averaged since the last multiple of `log_every`), learning_rate, grad_norm,
-    param_norm, finite, stop (whether any process was asked to).
+    param_norm, skipped, finite; stop and replaced, summed over the processes.
   """
   share = batch_size // jax.lax.axis_size(AXIS)
   examples = share * jax.lax.axis_index(AXIS) + jnp.arange(share)
@@ -157,6 +170,7 @@ def train_step(
     (loss, top1, batch_stats, grads), AXIS
   )
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  updates = jax.tree.map(lambda u: u * state.rate_scale, updates)
   params = optax.apply_updates(state.params, updates)
   ema = state.ema
   if ema_decay is not None:
@@ -165,31 +179,41 @@ def train_step(
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-  fresh = state.step % log_every == 0
-  sums = jax.tree.map(
-    lambda total, value: jnp.where(fresh, 0.0, total) + value,
+  skips = ~finite & (state.skipped < max_skips)
+
+  before = select(
+    state.step % log_every == 0,
+    jax.tree.map(jnp.zeros_like, state.sums),
     state.sums,
-    {'loss': loss, 'top1': top1},
   )
-  metrics = {
-    name: total / (state.step % log_every + 1) for name, total in sums.items()
-  }
-  metrics |= {
-    'learning_rate': schedule(state.step),
-    'grad_norm': grad_norm,
-    'param_norm': optax.tree.norm(state.params),
-    'finite': finite,
-    'stop': jax.lax.pmax(stop, AXIS),
-  }
-  new_state = TrainState(
+  sums = jax.tree.map(
+    jnp.add, before, {'loss': loss, 'top1': top1, 'steps': jnp.ones(())}
+  )
+  updated = TrainState(
     step=state.step + 1,
     params=params,
     batch_stats=batch_stats,
     ema=ema,
     opt_state=opt_state,
     sums=sums,
+    skipped=jnp.zeros_like(state.skipped),
+    rate_scale=state.rate_scale,
   )
-  return select(finite, new_state, state), metrics
+  passed_over = state.replace(
+    step=state.step + 1, sums=before, skipped=state.skipped + 1
+  )
+  shown = select(skips, before, sums)
+  metrics = {
+    'loss': shown['loss'] / shown['steps'],
+    'top1': shown['top1'] / shown['steps'],
+    'learning_rate': schedule(state.step) * state.rate_scale,
+    'grad_norm': grad_norm,
+    'param_norm': optax.tree.norm(state.params),
+    'skipped': state.skipped + skips,
+    'finite': finite | skips,
+    **jax.lax.psum(host, AXIS),
+  }
+  return select(finite, updated, select(skips, passed_over, state)), metrics
 
 
 def _interleave(x: jax.Array, parts: int) -> jax.Array:
@@ -212,7 +236,7 @@ def eval_step(
   images: jax.Array,
   labels: jax.Array,
   mask: jax.Array,
-  stop: jax.Array,
+  host: dict[str, jax.Array],
   *,
   model: nn.Module,
   normalize: Callable,
@@ -225,7 +249,7 @@ def eval_step(
     labels: int32 (share,); -1 for an image that could not be read, which
       counts as wrong and is left out of the loss.
     mask: bool (share,).
-    stop: bool (), whether this device's process was asked to stop.
+    host: see `train_step`.
     model: the network.
     normalize: uint8 images to floating ones.
 
@@ -240,7 +264,7 @@ def eval_step(
   sums = {
     'seen': mask,
     'read': read,
-    'stop': stop,
+    'stop': host['stop'],
     'top1': mask & in_top_k(logits, labels, 1),
     'top5': mask & in_top_k(logits, labels, 5),
     'loss': jnp.where(read, cross_entropy(logits, targets), 0.0),

@@ -1,0 +1,76 @@
+"""Several processes on several hosts, through `jax.distributed`."""
+
+import jax
+from jax.experimental import multihost_utils
+
+from skipinit_jax.errors import InputError
+
+LOST = 76  # Exit status: another process was lost.
+
+
+def initialize(
+  distributed: bool,
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  heartbeat_seconds: int,
+) -> None:
+  """Joins the other processes, before anything else of JAX is used.
+
+  Args:
+    distributed: ask Cloud TPU, Slurm or Open MPI who the others are.
+    coordinator, num_processes, process_id: or say so; all three.
+    heartbeat_seconds: silence after which a process counts as lost.
+
+  Raises:
+    InputError: arguments that don't go together, or nobody to ask.
+  """
+  named = {
+    '--coordinator': coordinator,
+    '--num_processes': num_processes,
+    '--process_id': process_id,
+  }
+  missing = [flag for flag, value in named.items() if value is None]
+  if len(missing) == 3 and not distributed:
+    return
+  if missing and len(missing) < 3:
+    raise InputError(
+      f'{", ".join(missing)} must be given too, with '
+      f'{", ".join(flag for flag in named if flag not in missing)}'
+    )
+  if process_id is not None and process_id >= num_processes:
+    raise InputError(
+      f'--process_id={process_id} must be less than '
+      f'--num_processes={num_processes}'
+    )
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      heartbeat_timeout_seconds=heartbeat_seconds,
+    )
+  except (ValueError, RuntimeError) as error:
+    raise InputError(
+      f'the processes could not find each other: {str(error).splitlines()[0]}; '
+      'outside Cloud TPU, Slurm and Open MPI give --coordinator, '
+      '--num_processes and --process_id'
+    ) from None
+
+
+def several() -> bool:
+  """Whether this is one process of several."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def from_first(value: int) -> int:
+  """The first process's value, in all."""
+  if not several():
+    return value
+  return int(multihost_utils.broadcast_one_to_all(value))
+
+
+def shut_down() -> None:
+  """Leaves together with the others; only after a normal end."""
+  if several():
+    jax.distributed.shutdown()

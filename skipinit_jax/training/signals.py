@@ -1,0 +1,95 @@
+"""SIGTERM and SIGINT: asked to stop, at any moment of a run."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+  """A run that was asked to stop and has saved what it had.
+
+  Args:
+    number: of the signal, None if another process was asked.
+    step: steps made and saved.
+  """
+
+  def __init__(self, number: int | None, step: int):
+    super().__init__(number, step)
+    self.number, self.step = number or signal.SIGTERM, step
+
+  @property
+  def status(self) -> int:
+    """Exit status, as a shell gives it: 130 for SIGINT, 143 for SIGTERM."""
+    return 128 + self.number
+
+
+class StopRequest:
+  """Notices SIGTERM and SIGINT while this is entered.
+
+  Python runs a signal handler only between two of its own instructions, so not
+  while XLA compiles. The operating system's wake-up byte goes to a thread
+  instead, which acts within milliseconds: a first signal sets `requested`, or
+  leaves at once while there is nothing to lose; a second one leaves at once.
+
+  Args:
+    say: called with a line on what is being done.
+
+  Attributes:
+    requested: number of the first signal, None before it.
+    nothing_to_lose: whether leaving at once loses no step.
+  """
+
+  def __init__(self, say: Callable[[str], None]):
+    self._say = say
+    self.requested: int | None = None
+    self.nothing_to_lose = True
+
+  def __enter__(self):
+    self._before = None
+    if threading.current_thread() is not threading.main_thread():
+      return self  # Only the main thread may set handlers.
+    self._read, self._write = os.pipe()
+    os.set_blocking(self._write, False)
+    self._before = {s: signal.signal(s, _ignore) for s in SIGNALS}
+    self._wakeup = signal.set_wakeup_fd(self._write)
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_):
+    if self._before is None:
+      return
+    signal.set_wakeup_fd(self._wakeup)
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+    os.close(self._write)  # Ends the thread.
+    self._thread.join()
+    os.close(self._read)
+
+  def _watch(self) -> None:
+    while numbers := os.read(self._read, 1):
+      number = numbers[0]
+      if number not in SIGNALS:
+        continue
+      name = signal.Signals(number).name
+      if self.requested is not None:
+        leave(f'{name} again: stopping at once', 128 + number)
+      if self.nothing_to_lose:
+        leave(f'{name} before the first step: nothing to save', 128 + number)
+      self.requested = number
+      self._say(f'{name}: saving and stopping; once more to stop at once')
+
+
+def leave(line: str, status: int) -> None:
+  """Ends the process now, without exit handlers, which may wait for others."""
+  sys.stdout.flush()
+  print(f'\n{line}', file=sys.stderr, flush=True)
+  os._exit(status)
+
+
+def _ignore(number, frame):
+  del number, frame  # The thread has been told.
