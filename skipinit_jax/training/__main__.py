@@ -16,8 +16,10 @@ from ml_collections import config_flags
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import processes
 from skipinit_jax.training.config import recipe_path
-from skipinit_jax.training.loop import train
+from skipinit_jax.training.loop import evaluate_latest, train
+from skipinit_jax.training.metrics import dumps
 from skipinit_jax.training.signals import Stopped, leave
+from skipinit_jax.training.startup import set_deterministic
 
 # Exit statuses, beside a diverged run's, a signal's and `watchdog.STUCK`.
 FAILED, BAD_INPUT = 1, 2
@@ -27,6 +29,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run; by default a new one under runs/.'
+)
+_EVAL_ONLY = flags.DEFINE_bool(
+  'eval_only', False, 'Evaluate the newest checkpoint in --workdir; print JSON.'
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   'distributed',
@@ -79,6 +84,7 @@ def main(argv: list[str]) -> None:
   """Trains, says how it ended, and exits with the run's status."""
   del argv
   config = _CONFIG.value
+  set_deterministic(config)
   with _one_line_each():
     processes.initialize(
       _DISTRIBUTED.value,
@@ -87,11 +93,16 @@ def main(argv: list[str]) -> None:
       _PROCESS_ID.value,
       _HEARTBEAT.value,
     )
+    if _EVAL_ONLY.value and _WORKDIR.value is None:
+      raise InputError('--eval_only needs the --workdir of a run')
     if _WORKDIR.value is None:
       workdir = _new_workdir()
       print(f'workdir: {workdir}', file=sys.stderr)
     else:
       workdir = Path(_WORKDIR.value)
+    if _EVAL_ONLY.value:
+      print(dumps(evaluate_latest(config, workdir)))
+      return
     result = train(config, workdir)
   if jax.process_index() == 0:
     print(summary(result, workdir))

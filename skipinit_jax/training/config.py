@@ -94,6 +94,9 @@ def default_config() -> ConfigDict:
   config.stuck_after_seconds = 1800.0  # Without a step the process ends.
   config.fall_back = True  # From a damaged checkpoint to the one before it.
   config.accept_changes = False  # Go on in a workdir of another config.
+  config.deterministic = False  # Same bits from run to run on GPUs; slower.
+  config.profile_at = placeholder(int)  # First step to trace; unset: none.
+  config.profile_steps = 10
   return config
 
 
@@ -123,7 +126,7 @@ def check_config(config: ConfigDict, device_count: int) -> None:
   for field in (
     *('batch_size', 'eval_batch_size', 'epochs', 'log_every_steps'),
     *('eval_every_epochs', 'checkpoint_every_steps', 'keep_checkpoints'),
-    *('micro_batches', 'steps_per_call'),
+    *('micro_batches', 'steps_per_call', 'profile_steps'),
     *('divergence_limit', 'stuck_after_seconds'),
     *('model.depth', 'model.width', 'schedule.every_epochs'),
     *('optimizer.learning_rate', 'optimizer.reference_batch'),

@@ -8,11 +8,13 @@ import jax
 from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
+from skipinit_jax.errors import InputError
 from skipinit_jax.training import devices, startup
-from skipinit_jax.training.checkpoints import Checkpoints
+from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
 from skipinit_jax.training.config import check_config
 from skipinit_jax.training.evaluate import evaluate
 from skipinit_jax.training.metrics import Reporter, last_eval
+from skipinit_jax.training.profile import Profiler
 from skipinit_jax.training.program import make_program
 from skipinit_jax.training.result import read_result, write_result
 from skipinit_jax.training.signals import Stopped, StopRequest
@@ -68,6 +70,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     reporter.say(startup.describe(config, program.model, data, state, times))
     startup.warm_up(program, state, config, data)
     inputs = data.inputs(place, config, step)
+    profiler = Profiler(config, workdir)
     seen = last_eval(workdir, step)  # Step of the last evaluation.
 
     stopped = False
@@ -88,6 +91,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       if step == times.total:
         break
 
+      profiler.before(step)
       with reporter.waiting():
         batch, unreadable = next(inputs)
       count = times.count(step)
@@ -107,6 +111,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       stopped = reporter.stop
 
     reporter.flush()
+    profiler.close()
     if stopped:
       if not reporter.diverged:
         reporter.sync()
@@ -122,3 +127,31 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     return write_result(
       workdir, state, reporter, seconds=time.perf_counter() - began
     )
+
+
+def evaluate_latest(config: ConfigDict, workdir: str | os.PathLike) -> dict:
+  """Evaluates the newest checkpoint of a run; writes nothing.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+
+  Returns:
+    The step, and what `evaluate` returns.
+
+  Raises:
+    InputError: a recipe that can't run, or a workdir without a checkpoint.
+  """
+  workdir = Path(workdir)
+  startup.check_devices(config)
+  check_config(config, jax.device_count())
+  if not (workdir / FOLDER).is_dir():
+    raise InputError(f'{workdir} holds no checkpoint')
+  data = open_dataset(config.data)
+  program = make_program(config, data)
+  startup.set_compilation_cache(config.compilation_cache)
+  with Checkpoints(workdir, config, startup.say) as checkpoints:
+    if not checkpoints.steps():
+      raise InputError(f'{workdir} holds no checkpoint')
+    step, state = startup.restore_or_create(program, config, data, checkpoints)
+  return {'step': step, **evaluate(program, state, config, data)}

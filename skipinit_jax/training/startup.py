@@ -35,16 +35,35 @@ ACCELERATORS = {
   '/dev/accel[0-9]*': ('TPU', "pip install 'jax[tpu]'"),
 }
 LARGE_BATCH = 2048
+DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
 # Fields that may differ when a run goes on: they don't change its numbers.
 FREE = (
   *('eval_batch_size', 'checkpoint_every_steps', 'keep_checkpoints'),
   *('compilation_cache', 'allow_cpu', 'diverged_status', 'fall_back'),
   *('stuck_after_seconds', 'accept_changes', 'data.dir', 'data.workers'),
+  *('profile_at', 'profile_steps'),
 )
 
 
+def set_deterministic(config: ConfigDict) -> None:
+  """Asks XLA for the same bits from run to run; before JAX finds its devices.
+
+  CPUs and TPUs give them anyway. On GPUs some sums are otherwise taken in the
+  order in which they happen to finish.
+  """
+  flags = os.environ.get('XLA_FLAGS', '')
+  if config.deterministic and DETERMINISTIC not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} {DETERMINISTIC}'
+
+
 def check_devices(config: ConfigDict) -> None:
-  """Raises InputError where an accelerator would be left idle unasked."""
+  """Raises InputError where the devices are not what the recipe needs."""
+  asked = config.deterministic and jax.default_backend() == 'gpu'
+  if asked and DETERMINISTIC not in os.environ.get('XLA_FLAGS', ''):
+    raise InputError(
+      f'deterministic=True on a GPU needs XLA_FLAGS={DETERMINISTIC} before JAX '
+      'finds its devices'
+    )
   if config.allow_cpu or jax.default_backend() != 'cpu':
     return
   for files, (kind, install) in ACCELERATORS.items():

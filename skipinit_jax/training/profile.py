@@ -1,0 +1,34 @@
+"""A window of steps in JAX's profiler."""
+
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+
+class Profiler:
+  """Traces `profile_steps` steps from `profile_at` on into the workdir.
+
+  Look at it with TensorBoard or Perfetto: `WORKDIR/profile`.
+  """
+
+  def __init__(self, config: ConfigDict, workdir: Path):
+    self._first, self._number = config.profile_at, config.profile_steps
+    self._folder = workdir / 'profile'
+    self._until: int | None = None
+
+  def before(self, step: int) -> None:
+    """To be called when `step` steps are made, before the next call."""
+    if self._first is None:
+      return
+    if self._until is None and step >= self._first:
+      self._until = step + self._number
+      jax.profiler.start_trace(str(self._folder))
+    elif self._until is not None and step >= self._until:
+      self.close()
+
+  def close(self) -> None:
+    """Ends the window if it is open; there is one a run."""
+    if self._until is not None and self._first is not None:
+      jax.profiler.stop_trace()
+      self._first = None
