@@ -1,0 +1,96 @@
+"""Small training runs, in this process and in others, for the tests."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from skipinit_jax.training.metrics import TIMINGS, read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Every kind of state: batch statistics, averages, Dropout, momentum.
+TINY = (
+  *('--config=synthetic', '--config.model.depth=10'),
+  *('--config.model.method=batchnorm', '--config.model.dropout=0.2'),
+  *('--config.ema_decay=0.9', '--config.data.shift=1', '--config.epochs=6'),
+  *('--config.checkpoint_every_steps=5', '--config.log_every_steps=3'),
+)
+
+
+def start(workdir, *flags, devices=1, **environment):
+  """Starts `train.py` on so many fake devices."""
+  fake = f'--xla_force_host_platform_device_count={devices}'
+  return subprocess.Popen(
+    [sys.executable, str(ROOT / 'train.py'), f'--workdir={workdir}', *flags],
+    cwd=ROOT,
+    env={**os.environ, 'XLA_FLAGS': fake, **environment},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process, timeout=300):
+  """Waits; returns (exit status, standard output, standard error)."""
+  out, err = process.communicate(timeout=timeout)
+  return process.returncode, out, err
+
+
+def run(workdir, *flags, **kwargs):
+  """Runs `train.py` to its end, which must be a good one."""
+  status, out, err = finish(start(workdir, *flags, **kwargs))
+  assert status == 0, err
+  return out, err
+
+
+def wait_for(condition, process, timeout=120):
+  """Waits until `condition()` holds while `process` runs."""
+  end = time.monotonic() + timeout
+  while not condition():
+    assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() < end, 'waited too long'
+    time.sleep(0.01)
+
+
+def metric_lines(workdir):
+  """All lines of metrics but their timings."""
+  return [
+    {k: v for k, v in line.items() if k not in TIMINGS}
+    for line in read_metrics(Path(workdir))
+  ]
+
+
+def last_state(workdir):
+  """The arrays of the newest checkpoint, by name."""
+  import orbax.checkpoint as ocp
+
+  folder = Path(workdir) / 'checkpoints'
+  step = max(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+  tree = ocp.StandardCheckpointer().restore(
+    (folder / str(step) / 'state').absolute()
+  )
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def assert_same_run(workdir, other):
+  """Bitwise the same state, metrics and result."""
+  ours, theirs = last_state(workdir), last_state(other)
+  assert ours.keys() == theirs.keys()
+  for name, leaf in ours.items():
+    np.testing.assert_array_equal(leaf, theirs[name], err_msg=name)
+  assert metric_lines(workdir) == metric_lines(other)
+  results = [
+    json.loads((Path(w) / 'result.json').read_text()) for w in (workdir, other)
+  ]
+  for result in results:
+    del result['seconds']
+  assert results[0] == results[1]

@@ -1,0 +1,148 @@
+"""Runs that are killed, and go on as if nothing had happened."""
+
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+from runs import (
+  TINY,
+  assert_same_run,
+  finish,
+  last_state,
+  metric_lines,
+  run,
+  start,
+  wait_for,
+)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A run that was never stopped: 24 steps."""
+  workdir = tmp_path_factory.mktemp('whole') / 'run'
+  begin = time.monotonic()
+  run(workdir, *TINY)
+  whole.seconds = time.monotonic() - begin
+  return workdir
+
+
+def kill_and_go_on(workdir, delays):
+  for delay in delays:
+    process = start(workdir, *TINY)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+  run(workdir, *TINY)
+
+
+def test_metrics_have_every_line_once(whole):
+  lines = metric_lines(whole)
+  train = [line['step'] for line in lines if 'loss' in line]
+  evaluations = [line['step'] for line in lines if 'eval' in line]
+  assert train == list(range(3, 25, 3))
+  assert evaluations == list(range(4, 25, 4))
+
+
+def test_killed_run_ends_as_one_that_was_not(whole, tmp_path):
+  random.seed(0)
+  delays = [random.uniform(0.2, 1.1) * whole_seconds() for _ in range(2)]
+  kill_and_go_on(tmp_path / 'run', delays)
+  assert_same_run(tmp_path / 'run', whole)
+
+
+def whole_seconds():
+  return whole.seconds
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments(whole, tmp_path):
+  random.seed(1)
+  for i in range(5):
+    delays = [random.uniform(0.2, 1.1) * whole_seconds() for _ in range(4)]
+    kill_and_go_on(tmp_path / f'run{i}', delays)
+    assert_same_run(tmp_path / f'run{i}', whole)
+
+
+def test_killed_in_the_middle_of_a_save(whole, tmp_path):
+  workdir = tmp_path / 'run'
+  process = start(workdir, *TINY)
+
+  def saving():
+    return any(workdir.glob('checkpoints/10.orbax-checkpoint-tmp*'))
+
+  try:
+    wait_for(saving, process)
+  except AssertionError:
+    if (workdir / 'result.json').exists():
+      pytest.skip('the save was too quick to be caught')
+    raise
+  process.send_signal(signal.SIGKILL)
+  finish(process)
+  run(workdir, *TINY)
+  assert_same_run(workdir, whole)
+
+
+def test_more_devices_go_on_with_the_same_batches(whole, tmp_path):
+  flags = (*TINY, '--config.model.method=skipinit')
+  run(tmp_path / 'one', *flags)
+  process = start(tmp_path / 'two', *flags)
+  wait_for(lambda: (tmp_path / 'two/checkpoints/10').exists(), process)
+  process.send_signal(signal.SIGTERM)
+  status, _, _ = finish(process)
+  run(tmp_path / 'two', *flags, devices=4)
+  ours, theirs = last_state(tmp_path / 'two'), last_state(tmp_path / 'one')
+  for name, leaf in ours.items():
+    np.testing.assert_allclose(leaf, theirs[name], rtol=1e-3, atol=1e-5)
+  assert len(metric_lines(tmp_path / 'two')) == len(
+    metric_lines(tmp_path / 'one')
+  )
+  del status, whole
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_the_run_goes_on(number, whole, tmp_path):
+  workdir = tmp_path / 'run'
+  process = start(workdir, *TINY, '--config.checkpoint_every_steps=1000')
+  wait_for(lambda: len(metric_lines(workdir)) > 2, process)
+  process.send_signal(number)
+  status, _, err = finish(process)
+  assert status == 128 + number, err
+  assert f'stopped by {signal.Signals(number).name} after step' in err
+  assert 'Traceback' not in err
+  assert any((workdir / 'checkpoints').iterdir())
+  run(workdir, *TINY)
+  assert_same_run(workdir, whole)
+
+
+def test_signal_before_the_first_step_leaves_at_once(tmp_path):
+  process = start(tmp_path / 'run', *TINY, '--config.compilation_cache=')
+  wait_for((tmp_path / 'run' / 'config.json').exists, process)
+  time.sleep(0.3)
+  process.send_signal(signal.SIGTERM)
+  status, _, err = finish(process, timeout=20)
+  assert status == 128 + signal.SIGTERM
+  assert 'nothing to save' in err
+
+
+def test_second_signal_stops_at_once(tmp_path):
+  flags = (*TINY, '--config.epochs=100000')
+  process = start(tmp_path / 'run', *flags)
+  wait_for(lambda: len(metric_lines(tmp_path / 'run')) > 2, process)
+  os.kill(process.pid, signal.SIGTERM)
+  os.kill(process.pid, signal.SIGINT)
+  status, _, _ = finish(process, timeout=20)
+  assert status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+def test_steps_in_one_call_resume_exactly(tmp_path):
+  flags = (*TINY, '--config.steps_per_call=4')
+  run(tmp_path / 'whole', *flags)
+  process = start(tmp_path / 'cut', *flags)
+  wait_for(lambda: len(metric_lines(tmp_path / 'cut')) > 2, process)
+  process.send_signal(signal.SIGTERM)
+  finish(process)
+  run(tmp_path / 'cut', *flags)
+  assert_same_run(tmp_path / 'cut', tmp_path / 'whole')
