@@ -1,11 +1,21 @@
-"""Where the images of a resident data set come from."""
+"""The data sets that fit on a device: where their images come from."""
 
 import math
+import os
 
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from skipinit_jax.data.augment import Augmentation
+from skipinit_jax.data.decode import DecodeError, decode
+from skipinit_jax.data.records import (
+  Source,
+  check_label,
+  find_prepared,
+  local_path,
+  open_source,
+)
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.errors import InputError
 
@@ -25,6 +35,49 @@ def digits(config: ConfigDict) -> Resident:
   )
   images, eval_images, labels, eval_labels = split
   return _resident(config, images, labels, eval_images, eval_labels, 10)
+
+
+def cifar(config: ConfigDict) -> Resident:
+  """cifar10 or cifar100, prepared by tfds in the folder `data.dir`.
+
+  The PNGs are decoded once, to a file beside them that later runs read.
+  """
+  source = open_source(config.name, config.dir)
+  train, evaluation = (
+    _decoded(config, source, split) for split in ('train', 'test')
+  )
+  return _resident(config, *train, *evaluation, len(source.classes))
+
+
+def _decoded(
+  config: ConfigDict, source: Source, split: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """All images of a split, uint8 (n, height, width, 3), and their labels."""
+  records = source.open(split)
+  folder = find_prepared(config.name, local_path(config.dir))
+  cache = folder / f'decoded-{split}-{len(records)}.npz'
+  if cache.exists():
+    with np.load(cache) as arrays:
+      return arrays['images'], arrays['labels']
+  images, labels = [], []
+  for i in tqdm(range(len(records)), f'{config.name} {split}', disable=None):
+    record = records[i]
+    check_label(record, len(source.classes))
+    try:
+      images.append(decode(record.data).pixels.copy())
+    except DecodeError as error:
+      raise InputError(f'{record.name} can not be decoded: {error}') from None
+    labels.append(record.label)
+  if len({image.shape for image in images}) > 1:
+    raise InputError(f'the images of {config.name} are not all of one size')
+  arrays = np.stack(images), np.array(labels)
+  temporary = cache.with_name(f'incomplete-{os.getpid()}-{cache.name}')
+  try:
+    np.savez(temporary, images=arrays[0], labels=arrays[1])
+    os.replace(temporary, cache)
+  except OSError:  # A folder that we may only read: decoded every time.
+    temporary.unlink(missing_ok=True)
+  return arrays
 
 
 def synthetic(config: ConfigDict) -> Resident:

@@ -97,7 +97,6 @@ def main(argv: list[str]) -> None:
       raise InputError('--eval_only needs the --workdir of a run')
     if _WORKDIR.value is None:
       workdir = _new_workdir()
-      print(f'workdir: {workdir}', file=sys.stderr)
     else:
       workdir = Path(_WORKDIR.value)
     if _EVAL_ONLY.value:

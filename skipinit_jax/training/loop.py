@@ -66,8 +66,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       return request.requested is not None
 
     step, state = startup.restore_or_create(program, config, data, checkpoints)
-    reporter = Reporter(workdir, step, times, config)
-    reporter.say(startup.describe(config, program.model, data, state, times))
+    reporter = Reporter(workdir, step, times, config.batch_size)
+    reporter.say(
+      startup.describe(config, program.model, data, state, times, workdir)
+    )
     startup.warm_up(program, state, config, data)
     inputs = data.inputs(place, config, step)
     profiler = Profiler(config, workdir)

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import tensorboardX
 import tqdm
-from ml_collections import ConfigDict
 
 from skipinit_jax.errors import RunError
 from skipinit_jax.training.timetable import Timetable
@@ -32,7 +31,7 @@ class Reporter:
     workdir: of the run.
     start: steps made already.
     times: when a line is due.
-    config: its batch size, and the share of images that may be unreadable.
+    batch_size: for images a second.
 
   Attributes:
     diverged: whether metrics that are not finite were read.
@@ -42,14 +41,12 @@ class Reporter:
   """
 
   def __init__(
-    self, workdir: Path, start: int, times: Timetable, config: ConfigDict
+    self, workdir: Path, start: int, times: Timetable, batch_size: int
   ):
     self._path = workdir / METRICS
     self._writes = jax.process_index() == 0
     self._times = times
-    self._batch_size = config.batch_size
-    self._bad_share = config.data.bad_share
-    self._names: list[str] = []
+    self._batch_size = batch_size
     self._board = None
     self._compiled = False
     self._eval = ''
@@ -127,7 +124,6 @@ class Reporter:
     if replaced := values.pop('replaced'):
       self.replaced += replaced
       self._write(step, {'replaced': replaced})
-      self._check_share(step)
     if not values['skipped']:
       del values['skipped']
     if not self.diverged:
@@ -161,18 +157,7 @@ class Reporter:
     """Names images of this process that could not be read; their number."""
     for name in names:
       print(f'could not be read, replaced: {name}', file=sys.stderr)
-    self._names += names
     return len(names)
-
-  def _check_share(self, step: int) -> None:
-    """One unreadable image in a short run is no reason to end it."""
-    images = max(step * self._batch_size, 1 / self._bad_share)
-    if self.replaced > self._bad_share * images:
-      names = ', '.join(dict.fromkeys(self._names))
-      raise RunError(
-        f'{self.replaced} of {step * self._batch_size:,} images could not be '
-        f'read, more than data.bad_share={self._bad_share:g}: {names}'
-      )
 
   def sync(self) -> None:
     """Makes what was written last through a crash of the machine."""

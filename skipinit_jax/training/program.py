@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from skipinit_jax.errors import InputError
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training import step as steps
 from skipinit_jax.training.config import build_method, build_model
@@ -50,6 +51,11 @@ def make_program(
   Raises:
     InputError: a network that can't be.
   """
+  if config.steps_per_call > 1 and data.input_axis is not None:
+    raise InputError(
+      f'steps_per_call={config.steps_per_call} is for data sets that fit on a '
+      f'device; {data.name} comes in batches, one step a call'
+    )
   model = build_model(config, data.num_classes)
   schedule = make_schedule(config, data.train_size)
   tx = make_optimizer(config, build_method(config), schedule)

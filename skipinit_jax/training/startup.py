@@ -220,6 +220,7 @@ def describe(
   data: Any,
   state: TrainState,
   times: Timetable,
+  workdir: Path,
 ) -> str:
   """The lines that a run starts with."""
   devices = jax.devices()
@@ -231,6 +232,7 @@ def describe(
   decay = config.optimizer.decay if config.optimizer.l2 else ()
   start = int(state.step)
   lines = [
+    f'workdir: {workdir}',
     f'devices: {len(devices)} x {devices[0].device_kind} '
     f'({devices[0].platform}), {model.dtype} computation',
     f'data: {data.name}, {data.train_size:,} images to train on, '

@@ -1,0 +1,126 @@
+"""TFRecord files that tfds wrote, rewritten as ArrayRecord."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from skipinit_jax.data.extras import require
+from skipinit_jax.errors import InputError
+
+INFO = 'dataset_info.json'
+
+
+def convert(source: Path, target: Path, workers: int | None = None) -> str:
+  """Rewrites the prepared set in `source` into the new folder `target`.
+
+  The records' bytes stay as they are. `target` appears under its name when it
+  is whole.
+
+  Args:
+    source: folder of a prepared data set: TFRecords and dataset_info.json.
+    target: must not exist; best NAME/VERSION in another data folder, where
+      tfds looks for it.
+    workers: files written at a time; None: as many as cores.
+
+  Returns:
+    What it made, one line.
+
+  Raises:
+    InputError: nothing to convert, or a damaged file; one line.
+  """
+  tfds = require('tensorflow_datasets')
+  require('array_record')
+  if not (source / INFO).is_file():
+    raise InputError(f'{source} is no prepared data set: it has no {INFO}')
+  if target.exists():
+    raise InputError(f'{target} exists; name a folder that does not')
+  info = json.loads((source / INFO).read_text())
+  if info.get('fileFormat', 'tfrecord') != 'tfrecord':
+    raise InputError(f'{source} holds {info["fileFormat"]}, not tfrecord')
+  splits = tfds.builder_from_directory(source).info.splits.values()
+  jobs = [
+    (Path(path), path.name.replace('.tfrecord', '.array_record'), count)
+    for split in splits
+    for path, count in zip(split.filepaths, split.shard_lengths, strict=True)
+  ]
+  partial = target.with_name(target.name + '.incomplete')
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  try:
+    written = _write(jobs, partial, workers or os.cpu_count())
+    for file in source.iterdir():  # Features, label names, licences.
+      if file.is_file() and '.tfrecord' not in file.name and file.name != INFO:
+        shutil.copy(file, partial)
+    info['fileFormat'] = 'array_record'
+    (partial / INFO).write_text(json.dumps(info, indent=2))
+    partial.rename(target)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  return f'made {target}: {written:,} records in {len(jobs)} files'
+
+
+def _write(jobs: list, folder: Path, workers: int) -> int:
+  with ThreadPoolExecutor(workers) as pool:
+    futures = [
+      pool.submit(_convert_file, path, folder / name, count)
+      for path, name, count in jobs
+    ]
+    try:
+      return sum(future.result() for future in tqdm(futures, 'files'))
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
+
+
+def _convert_file(source: Path, target: Path, count: int) -> int:
+  module = require('array_record.python.array_record_module')
+  # Groups of one record: random access reads no neighbours.
+  writer = module.ArrayRecordWriter(os.fspath(target), 'group_size:1')
+  written = 0
+  for record in tfrecords(source):
+    writer.write(record)
+    written += 1
+  writer.close()
+  if written != count:
+    raise InputError(f'{source} has {written} records, not {count}')
+  return written
+
+
+def tfrecords(path: Path) -> Iterator[bytes]:
+  """The records of a TFRecord file: length, its checksum, bytes, theirs.
+
+  The lengths' checksums are verified, the bytes' not (CRC-32C of gigabytes is
+  no work for Python): `check` decodes what comes out.
+  """
+  if not path.is_file():
+    raise InputError(f'{path} is missing')
+  with path.open('rb') as file:
+    while head := file.read(12):
+      if len(head) < 12:
+        raise InputError(f'{path} is cut off')
+      length, checksum = struct.unpack('<QI', head)
+      if checksum != _masked_crc32c(head[:8]):
+        raise InputError(
+          f'{path} is damaged at byte {file.tell() - 12}, or no TFRecord file'
+        )
+      body = file.read(length + 4)
+      if len(body) < length + 4:
+        raise InputError(f'{path} is cut off')
+      yield body[:length]
+
+
+def _masked_crc32c(data: bytes) -> int:
+  """CRC-32C (Castagnoli), rotated and shifted as the TFRecord format asks."""
+  crc = 0xFFFFFFFF
+  for byte in data:
+    crc ^= byte
+    for _ in range(8):
+      crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+  crc ^= 0xFFFFFFFF
+  return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1,0 +1,119 @@
+"""What is known about imagenet2012 (ILSVRC 2012): sizes, names and labels."""
+
+import functools
+import re
+import tarfile
+from pathlib import Path
+
+from skipinit_jax.data.extras import require
+from skipinit_jax.errors import InputError
+
+NAME = 'imagenet2012'
+SIZES = {'train': 1_281_167, 'validation': 50_000}
+ARCHIVES = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
+# Classes of the first validation images, as the challenge published them.
+KNOWN = ('n01751748', 'n09193705', 'n02105855', 'n04263257', 'n03125729')
+
+
+@functools.cache
+def synsets() -> list[str]:
+  """The 1,000 classes in the order of their numbers."""
+  return _lines('labels.txt')
+
+
+@functools.cache
+def _validation_synsets() -> list[str]:
+  """The class of each validation image, in the order of their numbers."""
+  found = _lines('validation_labels.txt')
+  if tuple(found[: len(KNOWN)]) != KNOWN:
+    raise InputError(
+      "tensorflow-datasets' validation labels are not those of the challenge; "
+      'install another version of it'
+    )
+  return found
+
+
+def _lines(file: str) -> list[str]:
+  tfds = require('tensorflow_datasets')
+  path = tfds.core.tfds_path(f'datasets/imagenet2012/{file}')
+  return path.read_text().split()
+
+
+def label_of(name: str) -> int | None:
+  """The label that an image's own file name implies, or None.
+
+  Args:
+    name: has the file name in it, n01440764_10026.JPEG (a training image says
+      its class) or ILSVRC2012_val_00000001.JPEG (known by its number).
+  """
+  if match := re.search(r'ILSVRC2012_val_(\d{8})\.', name):
+    number = int(match[1])
+    if not 1 <= number <= SIZES['validation']:
+      return None
+    return synsets().index(_validation_synsets()[number - 1])
+  if match := re.search(r'(n\d{8})_\d+\.', name):
+    return synsets().index(match[1]) if match[1] in synsets() else None
+  return None
+
+
+def check_archives(folder: Path, allow_counts: bool = False) -> tuple[int, int]:
+  """Checks both archives by the names of their members.
+
+  tfds gives validation labels by the rank of a name among the names that it
+  finds: with one file missing, all that follow get a wrong label, in silence.
+
+  Args:
+    folder: of the archives.
+    allow_counts: fewer classes and fewer validation images are fine, as long
+      as their labels come out right; for tests.
+
+  Returns:
+    Numbers of classes and of validation images.
+
+  Raises:
+    InputError: an archive is missing, cut off, or not what was published.
+  """
+  for name in ARCHIVES:
+    if not (folder / name).is_file():
+      raise InputError(
+        f'no {name} in {folder}; both archives are wanted: '
+        f'{" and ".join(ARCHIVES)}, from https://image-net.org'
+      )
+  train, validation = (_members(folder / name) for name in ARCHIVES)
+  wanted = {f'{synset}.tar' for synset in synsets()}
+  strange = sorted(set(train) - wanted)
+  missing = sorted(wanted - set(train))
+  if strange or (missing and not allow_counts) or not train:
+    raise InputError(
+      f'{ARCHIVES[0]} must hold an archive for each of the 1000 classes; '
+      + _difference(len(train), strange, missing)
+    )
+  count = len(validation) if allow_counts else SIZES['validation']
+  expected = [f'ILSVRC2012_val_{n + 1:08d}.JPEG' for n in range(count)]
+  strange = sorted(set(validation) - set(expected))
+  missing = sorted(set(expected) - set(validation))
+  if strange or missing or not validation:
+    raise InputError(
+      f'{ARCHIVES[1]} must hold the images ILSVRC2012_val_00000001.JPEG to '
+      f'{count:08d}; ' + _difference(len(validation), strange, missing)
+    )
+  return len(train), len(validation)
+
+
+def _members(path: Path) -> list[str]:
+  try:
+    with tarfile.open(path, 'r:') as archive:
+      names = [member.name for member in archive]
+  except (tarfile.TarError, EOFError) as error:
+    raise InputError(f'{path} is cut off or damaged: {error}') from None
+  if len(set(names)) < len(names):
+    raise InputError(f'{path} holds members of the same name')
+  return names
+
+
+def _difference(count: int, strange: list[str], missing: list[str]) -> str:
+  parts = [f'it holds {count} members']
+  for what, names in (('not expected', strange), ('missing', missing)):
+    if names:
+      parts.append(f'{len(names)} {what} (the first: {names[0]})')
+  return ', '.join(parts)
