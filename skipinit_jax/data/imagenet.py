@@ -95,17 +95,22 @@ def check_archives(folder: Path, allow_counts: bool = False) -> tuple[int, int]:
   if strange or missing or not validation:
     raise InputError(
       f'{ARCHIVES[1]} must hold the images ILSVRC2012_val_00000001.JPEG to '
-      f'{count:08d}; ' + _difference(len(validation), strange, missing)
+      f'{count:08d}.JPEG; ' + _difference(len(validation), strange, missing)
     )
   return len(train), len(validation)
 
 
 def _members(path: Path) -> list[str]:
+  """The names of an archive's members, after a look at its end."""
   try:
     with tarfile.open(path, 'r:') as archive:
-      names = [member.name for member in archive]
+      members = archive.getmembers()
   except (tarfile.TarError, EOFError) as error:
     raise InputError(f'{path} is cut off or damaged: {error}') from None
+  names = [member.name for member in members]
+  end = max((m.offset_data + m.size for m in members), default=0)
+  if end > path.stat().st_size:
+    raise InputError(f'{path} is cut off or damaged: {names[-1]} is not whole')
   if len(set(names)) < len(names):
     raise InputError(f'{path} holds members of the same name')
   return names

@@ -95,10 +95,7 @@ def main(argv: list[str]) -> None:
     )
     if _EVAL_ONLY.value and _WORKDIR.value is None:
       raise InputError('--eval_only needs the --workdir of a run')
-    if _WORKDIR.value is None:
-      workdir = _new_workdir()
-    else:
-      workdir = Path(_WORKDIR.value)
+    workdir = Path(_WORKDIR.value or _new_workdir())
     if _EVAL_ONLY.value:
       print(dumps(evaluate_latest(config, workdir)))
       return

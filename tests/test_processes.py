@@ -1,0 +1,117 @@
+"""Several processes on loopback: as one, and when one is lost or stuck."""
+
+import json
+import signal
+import socket
+
+import numpy as np
+from runs import (
+  TINY,
+  finish,
+  last_state,
+  metric_lines,
+  run,
+  start,
+  wait_for,
+)
+
+from skipinit_jax.training.processes import LOST
+from skipinit_jax.training.watchdog import STUCK
+
+SYNCED = (
+  *TINY,
+  '--config.model.statistics_group=all',
+  '--config.data.mixup=0.2',
+)
+ENDLESS = (*SYNCED, '--config.epochs=1000000')
+
+
+def start_two(workdir, *flags):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  return [
+    start(
+      workdir,
+      *flags,
+      f'--coordinator=localhost:{port}',
+      '--num_processes=2',
+      f'--process_id={i}',
+      devices=2,
+    )
+    for i in range(2)
+  ]
+
+
+def assert_close(workdir, other):
+  ours, theirs = last_state(workdir), last_state(other)
+  assert ours.keys() == theirs.keys()
+  for name, leaf in ours.items():
+    np.testing.assert_allclose(
+      leaf, theirs[name], rtol=2e-2, atol=1e-4, err_msg=name
+    )
+
+
+def test_two_processes_go_on_from_one_and_are_stopped_together(tmp_path):
+  """1 x 4 devices, cut off; then 2 x 2, told to stop; then 1 x 1 to the end."""
+  cut, whole = tmp_path / 'cut', tmp_path / 'whole'
+  run(whole, *SYNCED, devices=4)
+
+  process = start(cut, *SYNCED, devices=4)
+  wait_for(lambda: len(metric_lines(cut)) > 1, process)
+  process.send_signal(signal.SIGTERM)
+  finish(process)
+
+  two = start_two(cut, *SYNCED)
+  before = len(metric_lines(cut))
+  wait_for(lambda: len(metric_lines(cut)) > before, two[0])
+  two[1].send_signal(signal.SIGTERM)  # Process 0 hears of it from process 1.
+  ends = [finish(process) for process in two]
+  for status, _, err in ends:
+    assert status == 128 + signal.SIGTERM, err
+    assert 'Traceback' not in err
+  # All stopped after the same step.
+  assert (
+    len({err.split('after step ')[1].split(',')[0] for *_, err in ends}) == 1
+  )
+
+  run(cut, *SYNCED)
+  assert_close(cut, whole)
+  steps = [line['step'] for line in metric_lines(cut)]
+  assert steps == [line['step'] for line in metric_lines(whole)]
+  result = json.loads((cut / 'result.json').read_text())
+  assert result['status'] == 'completed'
+
+
+def test_two_processes_train_as_one(tmp_path):
+  run(tmp_path / 'one', *SYNCED, devices=4)
+  ends = [finish(p) for p in start_two(tmp_path / 'two', *SYNCED)]
+  assert [status for status, *_ in ends] == [0, 0], ends[0][2] + ends[1][2]
+  assert 'completed' in ends[0][1]
+  assert 'completed' not in ends[1][1]  # Only the first says so.
+  assert_close(tmp_path / 'two', tmp_path / 'one')
+
+
+def test_a_killed_process_ends_the_others(tmp_path):
+  two = start_two(tmp_path / 'run', *ENDLESS)
+  wait_for(lambda: len(metric_lines(tmp_path / 'run')) > 2, two[0])
+  two[1].send_signal(signal.SIGKILL)
+  status, _, err = finish(two[0], timeout=60)
+  finish(two[1])
+  assert status == LOST, err
+  assert 'a process was lost' in err
+
+
+def test_a_stuck_process_ends_the_others_and_is_named(tmp_path):
+  flags = (*ENDLESS, '--config.stuck_after_seconds=8')
+  two = start_two(tmp_path / 'run', *flags)
+  wait_for(lambda: len(metric_lines(tmp_path / 'run')) > 2, two[0])
+  two[1].send_signal(signal.SIGSTOP)
+  try:
+    status, _, err = finish(two[0], timeout=60)
+  finally:
+    two[1].send_signal(signal.SIGKILL)
+    finish(two[1])
+  assert status == STUCK, err
+  assert 'no progress for' in err
+  assert 'process 1 at step' in err
