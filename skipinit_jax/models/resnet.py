@@ -100,9 +100,10 @@ class ResNet(nn.Module):
       is None; float32 unless the parameters are wider.
 
     Raises:
-      InputError: images of another rank or dtype, or an unknown method.
+      InputError: images of another rank or dtype, an unknown method, or sizes
+        that can't be.
     """
-    _check_images(images)
+    self._check(images)
     method = resolve_method(self.method, self.alpha)
     kernel_sizes = KERNEL_SIZES[self.bottleneck]
     layers = make_layers(
@@ -165,13 +166,24 @@ class ResNet(nn.Module):
       name='classifier',
     )(x)
 
-
-def _check_images(images: jax.Array) -> None:
-  if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
-    raise InputError(
-      'images must be floating and of shape (batch, height, width, channels), '
-      f'got {images.dtype} of shape {images.shape}'
-    )
+  def _check(self, images: jax.Array) -> None:
+    if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+      raise InputError(
+        'images must be floating and of shape (batch, height, width, '
+        f'channels), got {images.dtype} of shape {images.shape}'
+      )
+    if min(self.stage_sizes, default=0) < 1:
+      raise InputError(
+        f'stage_sizes={self.stage_sizes}: expected one block or more a stage'
+      )
+    for field in ('features', 'stem_features', 'num_classes'):
+      value = getattr(self, field)
+      if value is not None and value < 1:
+        raise InputError(f'{field}={value} must be 1 or more')
+    if not 0 <= self.dropout < 1:
+      raise InputError(
+        f'dropout={self.dropout} must be at least 0 and less than 1'
+      )
 
 
 def drop_by_example(

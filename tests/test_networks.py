@@ -1,0 +1,688 @@
+"""The two families of networks under every method."""
+
+import functools
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from skipinit_jax.errors import InputError
+from skipinit_jax.models import (
+  METHODS,
+  RESNETS,
+  Join,
+  ResNet,
+  ResNet50,
+  WideResNet,
+  blocks,
+)
+from skipinit_jax.models.resnet import drop_by_example
+
+FAMILIES = {
+  'wide': (WideResNet(10, 1, num_classes=5), (4, 8, 8, 1)),
+  'basic': (
+    ResNet((2, 1), num_classes=5, features=4, stem_features=4),
+    (4, 32, 32, 3),
+  ),
+  'bottleneck': (
+    ResNet((2, 1), True, num_classes=5, features=4, stem_features=4),
+    (4, 32, 32, 3),
+  ),
+}
+NETWORKS = [(family, method) for family in FAMILIES for method in METHODS]
+
+
+def images(shape, seed=0, dtype='float32'):
+  values = np.random.default_rng(seed).standard_normal(shape)
+  return jnp.asarray(values, dtype)
+
+
+def shapes_of(model, shape):
+  init = functools.partial(model.init, train=False)
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return jax.eval_shape(init, jax.random.key(0), x)
+
+
+def randomize(model, shape, seed=0):
+  """Non-zero values for every variable, of a size that keeps activations."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    value = rng.standard_normal(leaf.shape)
+    if name == 'kernel':
+      value *= (2 / np.prod(leaf.shape[:-1])) ** 0.5
+    elif name in ('scale', 'var', 'alpha'):
+      value = 0.7 + 0.2 * np.abs(value)
+    else:
+      value *= 0.3
+    return jnp.asarray(value, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes_of(model, shape))
+
+
+def flatten(tree):
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(p, simple=True, separator='/'): np.asarray(v)
+    for p, v in flat
+  }
+
+
+def compiled(model, f):
+  """Eager, batch normalization compiles dozens of programs for each shape."""
+  return jax.jit(f) if model.method == 'batchnorm' else f
+
+
+def gradients(model, variables, x, seed=9):
+  """Gradients of a random linear function of the logits in training."""
+
+  def loss(params):
+    y, _ = model.apply(
+      {**variables, 'params': params}, x, train=True, mutable=['batch_stats']
+    )
+    return (y * images(y.shape, seed)).sum()
+
+  return flatten(compiled(model, jax.grad(loss))(variables['params']))
+
+
+@pytest.mark.parametrize(('family', 'method'), NETWORKS)
+def test_networks_start_with_finite_float32_logits(family, method):
+  model, shape = FAMILIES[family]
+  model, x = model.clone(method=method), images(shape)
+  variables = model.init(jax.random.key(0, impl='rbg'), x, train=False)
+  params = variables['params']
+  assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+  expected = shapes_of(model, shape)['params']
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)
+  for dtype in (None, 'bfloat16'):
+    seen = []
+
+    def record(call, args, kwargs, context, seen=seen):
+      if isinstance(context.module, Join):
+        seen.append(args[1].dtype)
+      return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+      apply = functools.partial(model.clone(dtype=dtype).apply, train=False)
+      logits = compiled(model, apply)(variables, x)
+    assert set(seen) == {jnp.dtype(dtype or 'float32')}
+    assert logits.dtype == jnp.float32
+    assert logits.shape == (4, 5)
+    assert np.isfinite(logits).all()
+    assert np.asarray(logits).any() == (method != 'fixup')
+
+
+@pytest.mark.parametrize(('family', 'method'), NETWORKS)
+def test_every_parameter_reaches_the_logits(family, method):
+  model, shape = FAMILIES[family]
+  model = model.clone(method=method)
+  grads = gradients(model, randomize(model, shape), images(shape))
+  dead = [p for p, g in grads.items() if not np.abs(g).max() > 1e-6]
+  assert not dead
+  assert all(np.isfinite(g).all() for g in grads.values())
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_at_alpha_zero_the_branches_wait_for_alpha(family):
+  model, shape = FAMILIES[family]
+  model = model.clone(biases=True)
+  variables = randomize(model, shape)
+  variables['params'] = jax.tree_util.tree_map_with_path(
+    lambda path, v: v * 0 if path[-1].key == 'alpha' else v,
+    variables['params'],
+  )
+  grads = gradients(model, variables, images(shape))
+  inside = {p for p in grads if '/conv' in p and not p.endswith('alpha')}
+  assert len(inside) == model.num_blocks * (6 if model.bottleneck else 4)
+  for path, grad in grads.items():
+    assert grad.any() == (path not in inside), path
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_at_its_start_fixup_trains_the_classifier_then_the_last_kernels(family):
+  model, shape = FAMILIES[family]
+  model = model.clone(method='fixup')
+  last = 'conv3' if model.bottleneck else 'conv2'
+  drawn, x = randomize(model, shape)['params'], images(shape)
+
+  def start(zeros):
+    """Kernels as drawn but for `zeros`, scalars as Fixup starts them."""
+
+    def value(path, leaf):
+      module, name = path[-2].key, path[-1].key
+      if name == 'alpha':
+        return jnp.ones_like(leaf)
+      return leaf * (name == 'kernel' and module not in zeros)
+
+    return {'params': jax.tree_util.tree_map_with_path(value, drawn)}
+
+  grads = gradients(model, start({'classifier', last}), x)
+  alive = {path for path, grad in grads.items() if grad.any()}
+  assert alive == {'classifier/kernel', 'classifier/bias'}
+
+  # With a classifier, gradients stop at the zero kernels of the branches.
+  expected = {p for p in grads if '/block' not in p or '/projection/' in p}
+  width = model.features * (4 if model.bottleneck else 1)
+  for i, n in enumerate(model.stage_sizes, start=1):
+    for j in range(1, n + 1):
+      block = f'stage{i}/block{j}'
+      expected |= {
+        f'{block}/{last}/kernel',
+        f'{block}/bias{last[-1]}b/scalar_bias',
+      }
+      # The input's bias also reaches the shortcut where the shape changes.
+      if j == 1 and (i > 1 or width != model.stem_features):
+        expected.add(f'{block}/bias1a/scalar_bias')
+  grads = gradients(model, start({last}), x)
+  assert {path for path, grad in grads.items() if grad.any()} == expected
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_biases_and_dropout_go_with_every_method(method):
+  plain = ResNet((1, 1), num_classes=5, method=method, features=4)
+  model = plain.clone(biases=True, dropout=0.5)
+  shape = (3, 16, 16, 2)
+  variables = randomize(model, shape)
+  added = set(flatten(variables['params']))
+  added -= set(flatten(shapes_of(plain, shape)['params']))
+  assert added == {
+    f'stage{s}/block1/{conv}/bias'
+    for s, convs in ((1, ('conv1', 'conv2', 'projection')), (2, ()))
+    for conv in convs
+  } | {
+    f'stage2/block1/{conv}/bias' for conv in ('conv1', 'conv2', 'projection')
+  }
+  x = images(shape)
+
+  def train(seed, model=model):
+    key = jax.random.key(seed)
+    logits, _ = model.apply(
+      variables, x, train=True, rngs={'dropout': key}, mutable=['batch_stats']
+    )
+    return np.asarray(logits)
+
+  np.testing.assert_array_equal(train(0), train(0))
+  assert np.abs(train(0) - train(1)).max() > 1e-2
+  # At evaluation there is no Dropout, and no key is needed.
+  logits = model.apply(variables, x, train=False)
+  np.testing.assert_array_equal(
+    logits, model.clone(dropout=0.0).apply(variables, x, train=False)
+  )
+  # Every bias counts, but where batch normalization takes it out again.
+  for path in added:
+    moved = jax.tree_util.tree_map_with_path(
+      lambda p, v, path=path: (
+        v + (jax.tree_util.keystr(p, simple=True, separator='/') == path)
+      ),
+      variables['params'],
+    )
+    other = model.apply({**variables, 'params': moved}, x, train=False)
+    assert np.abs(other - logits).max() > 1e-3, path
+
+
+def test_jit_computes_what_eager_does():
+  model, shape = FAMILIES['wide']
+  variables, x = randomize(model, shape), images(shape)
+  apply = functools.partial(model.apply, train=True)
+  np.testing.assert_allclose(
+    jax.jit(apply)(variables, x), apply(variables, x), rtol=1e-4, atol=1e-5
+  )
+
+
+# Parameters and structure.
+
+
+def sizes(model, shape=(1, 32, 32, 3)):
+  return {k: v.size for k, v in shapes_flat(shapes_of(model, shape)).items()}
+
+
+def shapes_flat(variables):
+  flat = jax.tree_util.tree_leaves_with_path(variables['params'])
+  return {jax.tree_util.keystr(p, simple=True): v for p, v in flat}
+
+
+def test_skipinit_resnet50_has_the_published_number_of_parameters():
+  model = ResNet50(num_classes=1000, method='skipinit', biases=True)
+  assert sum(sizes(model).values()) == 25_530_424
+
+
+# torchvision's counts for the same sizes, V1 with batch normalization.
+TORCHVISION = {
+  18: 11_689_512,
+  34: 21_797_672,
+  50: 25_557_032,
+  101: 44_549_160,
+  152: 60_192_808,
+}
+
+
+@pytest.mark.parametrize('depth', RESNETS)
+def test_resnets_have_the_kernels_of_their_depth(depth):
+  model = RESNETS[depth](method='none')
+  shapes = shapes_flat(shapes_of(model.clone(scan=True), (1, 32, 32, 3)))
+  # Weighted layers on the path: stem, convolutions of branches, classifier.
+  convs = sum(
+    v.shape[0] if 'blocks' in p else 1
+    for p, v in shapes.items()
+    if 'conv' in p and 'kernel' in p
+  )
+  assert convs + 2 == depth
+  assert model.num_classes == 1000
+  if depth not in TORCHVISION:
+    return
+  # V1 normalizes after every convolution: two numbers a channel.
+  channels, inner = 64, (3 if model.bottleneck else 2)
+  for i, n in enumerate(model.stage_sizes):
+    width = 64 * 2**i
+    out = width * (4 if model.bottleneck else 1)
+    channels += n * ((inner - 1) * width + out)
+    channels += out if i or model.bottleneck else 0  # The projection.
+  expected = TORCHVISION[depth] - 2 * channels
+  assert sum(v.size for v in shapes.values()) == expected
+
+
+def test_batchnorm_resnet50_normalizes_before_every_convolution():
+  model = ResNet50(method='batchnorm')
+  channels = 0
+  for i, n in enumerate((3, 4, 6, 3)):
+    width = 64 * 2**i
+    inputs = (2 * width if i else 64) + (n - 1) * 4 * width
+    channels += inputs + n * 2 * width
+  channels += 2048
+  variables = shapes_of(model, (1, 32, 32, 3))
+  stats = sum(v.size for v in jax.tree.leaves(variables['batch_stats']))
+  assert stats == 2 * channels == 45_440
+  plain = sum(sizes(ResNet50(method='none')).values())
+  assert sum(sizes(model).values()) == plain + 2 * channels
+
+
+def wide_resnet_size(n, k, classes, colors):
+  """Kernels, classifier and alphas of an n-block-a-stage Wide-ResNet."""
+  total, channels = 9 * colors * 16, 16
+  for width in (16 * k, 32 * k, 64 * k):
+    if channels != width:
+      total += channels * width
+    total += 9 * channels * width + 9 * width * width
+    total += (n - 1) * 2 * 9 * width * width + n
+    channels = width
+  return total + channels * classes + classes
+
+
+@pytest.mark.parametrize(
+  ('depth', 'width', 'blocks_a_stage'),
+  [(10, 1, 1), (16, 4, 2), (28, 10, 4), (40, 2, 6), (1000, 2, 166)],
+)
+def test_wide_resnets_have_6n_and_4_layers(depth, width, blocks_a_stage):
+  model = WideResNet(depth, width, num_classes=7, scan=True)
+  assert model.stage_sizes == (blocks_a_stage,) * 3
+  assert model.num_blocks == 3 * blocks_a_stage
+  found = sizes(model, (1, 8, 8, 3))
+  expected = wide_resnet_size(blocks_a_stage, width, 7, 3)
+  assert sum(found.values()) == expected
+  assert sum(s for p, s in found.items() if 'alpha' in p) == model.num_blocks
+
+
+def test_unrolled_depth_100_has_numbered_blocks():
+  params = shapes_of(WideResNet(100, 1), (1, 8, 8, 1))['params']
+  assert set(params) == {'stem', 'stage1', 'stage2', 'stage3', 'classifier'}
+  for i in (1, 2, 3):
+    names = [f'block{j}' for j in range(1, 17)]
+    assert sorted(params[f'stage{i}']) == sorted(names)
+
+
+def test_only_blocks_that_change_the_shape_project():
+  def projecting(model):
+    return sorted(
+      p for p in sizes(model) if 'projection' in p and 'kernel' in p
+    )
+
+  assert len(projecting(ResNet((2, 2), features=64))) == 1
+  assert len(projecting(ResNet((2, 2), True))) == 2
+  assert len(projecting(WideResNet(16, 1))) == 2
+  assert len(projecting(WideResNet(16, 2))) == 3
+  assert not projecting(WideResNet(16, 2, method='fixup'))
+  assert len(projecting(ResNet((2, 2), True, method='fixup'))) == 2
+
+
+def test_without_classes_the_features_come_back():
+  model, shape = FAMILIES['wide']
+  variables, x = randomize(model, shape), images(shape)
+  headless = model.clone(num_classes=None)
+  features = headless.apply(variables, x, train=False)
+  assert features.shape == (4, 64)
+  # The mean over the pixels is taken in float32.
+  low = headless.clone(dtype='bfloat16').apply(variables, x, train=False)
+  assert low.dtype == jnp.float32
+  head = variables['params']['classifier']
+  np.testing.assert_allclose(
+    features @ head['kernel'] + head['bias'][None],
+    model.apply(variables, x, train=False),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+  ('depth', 'message'),
+  [
+    (99, 'depth=99 .* 6n.4; nearest: 94 or 100'),
+    (4, 'depth=4 .* nearest: 10$'),
+    (0, 'depth=0 .* nearest: 10$'),
+    (-2, 'depth=-2 .* nearest: 10$'),
+  ],
+)
+def test_a_depth_that_is_not_6n_and_4_is_refused(depth, message):
+  with pytest.raises(InputError, match=message):
+    WideResNet(depth)
+
+
+@pytest.mark.parametrize('width', [0, -1])
+def test_a_width_below_one_is_refused(width):
+  with pytest.raises(InputError, match=f'width={width} .*1 or more'):
+    WideResNet(16, width)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'dtype', 'message'),
+  [
+    ((8, 8, 1), 'float32', r'got float32 of shape \(8, 8, 1\)'),
+    ((2, 3, 8, 8, 1), 'float32', r'got float32 of shape \(2, 3, 8, 8, 1\)'),
+    ((2, 8, 8, 1), 'uint8', r'must be floating .*got uint8'),
+    ((2, 8, 8, 1), 'int32', r'must be floating .*got int32'),
+  ],
+)
+def test_images_of_wrong_rank_or_dtype_are_refused(shape, dtype, message):
+  init = functools.partial(WideResNet(10, 1).init, train=False)
+  x = jax.ShapeDtypeStruct(shape, dtype)
+  with pytest.raises(InputError, match=message):
+    jax.eval_shape(init, jax.random.key(0), x)
+
+
+# The same networks from the papers, on arrays alone.
+
+
+def conv(x, p, strides=1):
+  y = jax.lax.conv_general_dilated(
+    x,
+    p['kernel'],
+    (strides, strides),
+    'SAME',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+  return y + p['bias'][None, None, None] if 'bias' in p else y
+
+
+def relu(x):
+  return jnp.maximum(x, 0)
+
+
+def normalize(x, p, stats):
+  """Batch normalization at evaluation, or nothing."""
+  if p is None:
+    return x
+  p, stats = (
+    {k: v[None, None, None] for k, v in t.items()} for t in (p, stats)
+  )
+  x = (x - stats['mean']) / jnp.sqrt(stats['var'] + 1e-5)
+  return x * p['scale'] + p['bias']
+
+
+def preactivation_block(x, p, stats, strides, bottleneck, gain):
+  """gain * (skip + alpha * branch(relu(norm(x)))), He et al. 2016."""
+  h = relu(normalize(x, p.get('norm1'), stats.get('norm1')))
+  skip = conv(h, p['projection'], strides) if 'projection' in p else x
+  if bottleneck:
+    h = conv(h, p['conv1'])
+    h = relu(normalize(h, p.get('norm2'), stats.get('norm2')))
+    h = conv(h, p['conv2'], strides)
+    h = relu(normalize(h, p.get('norm3'), stats.get('norm3')))
+    h, last = conv(h, p['conv3']), p['conv3']
+  else:
+    h = conv(h, p['conv1'], strides)
+    h = relu(normalize(h, p.get('norm2'), stats.get('norm2')))
+    h, last = conv(h, p['conv2']), p['conv2']
+  return gain * (skip + last.get('alpha', 1.0) * h)
+
+
+def fixup_block(x, p, strides, bottleneck, pooled):
+  """relu(skip + alpha * conv(...) + b), Zhang, Dauphin, Ma 2019."""
+  b = {k: v['scalar_bias'] for k, v in p.items() if k.startswith('bias')}
+  first = x + b['bias1a']
+  if bottleneck:
+    h = relu(conv(first, p['conv1']) + b['bias1b'])
+    h = relu(conv(h + b['bias2a'], p['conv2'], strides) + b['bias2b'])
+    h = p['conv3']['alpha'] * conv(h + b['bias3a'], p['conv3']) + b['bias3b']
+  else:
+    h = relu(conv(first, p['conv1'], strides) + b['bias1b'])
+    h = p['conv2']['alpha'] * conv(h + b['bias2a'], p['conv2']) + b['bias2b']
+  skip = x
+  if 'projection' in p:
+    skip = conv(first, p['projection'], strides)
+  elif pooled and skip.shape != h.shape:
+    # Average pooling with a window of one pixel, then channels of zeros.
+    skip = jax.lax.reduce_window(
+      first, 0.0, jax.lax.add, (1, 1, 1, 1), (1, strides, strides, 1), 'VALID'
+    )
+    missing = h.shape[-1] - skip.shape[-1]
+    zeros = jnp.zeros((*skip.shape[:3], missing))
+    skip = jnp.concatenate([skip, zeros], -1)
+  return relu(skip + h)
+
+
+def by_hand(model, variables, x):
+  """Logits of `model` at evaluation, without the package's blocks."""
+  params, stats = variables['params'], variables.get('batch_stats', {})
+  fixup = model.method == 'fixup'
+  gain = 0.5**0.5 if model.method == 'divide_sqrt2' else 1.0
+  x = conv(x, params['stem'], 1 if model.small_images else 2)
+  if fixup:
+    x = relu(x + params['bias1']['scalar_bias'])
+  if not model.small_images:
+    x = jax.lax.reduce_window(
+      x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), 'SAME'
+    )
+  for i, n in enumerate(model.stage_sizes, start=1):
+    for j in range(1, n + 1):
+      p = params[f'stage{i}'][f'block{j}']
+      strides = 2 if (i > 1 and j == 1) else 1
+      if fixup:
+        x = fixup_block(x, p, strides, model.bottleneck, model.small_images)
+      else:
+        s = stats.get(f'stage{i}', {}).get(f'block{j}', {})
+        x = preactivation_block(x, p, s, strides, model.bottleneck, gain)
+  if fixup:
+    x = x.mean((1, 2)) + params['bias2']['scalar_bias']
+  else:
+    x = relu(normalize(x, params.get('norm'), stats.get('norm'))).mean((1, 2))
+  head = params['classifier']
+  return x @ head['kernel'] + head['bias'][None]
+
+
+BY_HAND = [
+  ('wide', {'biases': True}, (3, 8, 8, 1)),
+  ('basic', {'biases': True}, (2, 32, 32, 3)),
+  ('bottleneck', {'biases': True}, (2, 33, 33, 3)),
+]
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(('family', 'fields', 'shape'), BY_HAND)
+def test_logits_equal_an_implementation_on_arrays(
+  family, fields, shape, method
+):
+  # Fixup has no bias vectors in its own networks.
+  fields = {} if method == 'fixup' else fields
+  model = FAMILIES[family][0].clone(method=method, **fields)
+  variables, x = randomize(model, shape), images(shape, 4)
+  logits = compiled(model, functools.partial(model.apply, train=False))(
+    variables, x
+  )
+  reference = functools.partial(by_hand, model)
+  expected = compiled(model, reference)(variables, x)
+  assert float(expected.std()) > 0.1
+  np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# 2x2 images as a matrix product.
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def output_and_gradients(x, kernel, convolve):
+  y, vjp = jax.vjp(convolve, x, kernel)
+  return y, *vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+
+def lax_convolution(x, kernel):
+  return conv(x, {'kernel': kernel})
+
+
+@pytest.mark.parametrize(('inputs', 'outputs'), [(1, 1), (5, 3)])
+def test_the_product_for_2x2_images_is_the_convolution(inputs, outputs):
+  x = images((3, 2, 2, inputs))
+  kernel = images((3, 3, inputs, outputs), 1)
+  got = output_and_gradients(x, kernel, blocks._convolve_2x2)
+  expected = output_and_gradients(x, kernel, lax_convolution)
+  for a, b in zip(got, expected, strict=True):
+    assert a.shape == b.shape
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_2x2_images_in_bfloat16_stay_bfloat16():
+  x = images((3, 2, 2, 4), 0, 'bfloat16')
+  kernel = images((3, 3, 4, 6), 1, 'bfloat16')
+  y = blocks._convolve_2x2(x, kernel)
+  exact = lax_convolution(x.astype('float32'), kernel.astype('float32'))
+  assert y.dtype == jnp.bfloat16
+  error = np.abs(y.astype('float32') - exact).max()
+  assert error < 2**-7 * np.abs(exact).max()
+
+
+def test_networks_on_8x8_images_take_the_product_for_their_last_stage(
+  monkeypatch,
+):
+  seen = []
+
+  def count(x, kernel):
+    seen.append((x.shape, kernel.shape))
+    return lax_convolution(x, kernel)
+
+  monkeypatch.setattr(blocks, '_convolve_2x2', count)
+  model, shape = WideResNet(10, 1, num_classes=5), (3, 8, 8, 1)
+  init = functools.partial(model.apply, train=False)
+  jax.eval_shape(init, shapes_of(model, shape), jnp.zeros(shape))
+  # Traced twice, to initialize and to apply; the strided one reads 4x4.
+  assert set(seen) == {((3, 2, 2, 64), (3, 3, 64, 64))}
+  # Neither larger images nor strides may take it.
+  seen.clear()
+  small = ResNet((1, 1), num_classes=2, features=4, small_images=True)
+  for size in (5, 8):
+    x = jnp.zeros((1, size, size, 1))
+    jax.eval_shape(
+      functools.partial(small.init, train=False), jax.random.key(0), x
+    )
+  jax.eval_shape(
+    lambda x, k: blocks._convolve(
+      x, k, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    ),
+    jnp.zeros((1, 2, 2, 4)),
+    jnp.zeros((3, 3, 4, 4)),
+  )
+  assert not seen
+
+
+# Dropout by example.
+
+
+def test_cutting_a_batch_changes_no_dropout_mask():
+  key, x = jax.random.key(3), images((8, 30))
+  whole = drop_by_example(key, x, 0.4, 0)
+  parts = [drop_by_example(key, x[i : i + 2], 0.4, i) for i in (0, 2, 4, 6)]
+  np.testing.assert_array_equal(whole, np.concatenate(parts))
+  # By example: no two have the same mask; another key has others.
+  masks = np.asarray(whole) != 0
+  assert len({m.tobytes() for m in masks}) == 8
+  other = np.asarray(drop_by_example(jax.random.key(4), x, 0.4, 0)) != 0
+  assert (masks != other).any(1).all()
+
+
+def test_dropout_drops_its_rate_and_keeps_the_mean():
+  x = jnp.full((500, 64), 2.0)
+  y = np.asarray(drop_by_example(jax.random.key(0), x, 0.3, 0))
+  kept = y != 0
+  np.testing.assert_allclose(y[kept], 2 / 0.7, rtol=1e-6)
+  # Four standard errors of a share of .7 among 32,000.
+  assert kept.mean() == pytest.approx(0.7, abs=4 * (0.21 / 32_000) ** 0.5)
+  per_feature = kept.mean(0)
+  assert np.abs(per_feature - 0.7).max() < 5 * (0.21 / 500) ** 0.5
+
+
+def test_a_network_cut_into_micro_batches_gives_the_same_logits():
+  model = ResNet(
+    (1,), num_classes=5, features=4, small_images=True, dropout=0.5
+  )
+  shape = (6, 8, 8, 1)
+  variables, x = randomize(model, shape), images(shape)
+
+  def train(x, first):
+    rngs = {'dropout': jax.random.key(0)}
+    return model.apply(variables, x, train=True, rngs=rngs, first_example=first)
+
+  whole = train(x, 0)
+  parts = np.concatenate([train(x[i : i + 3], i) for i in (0, 3)])
+  np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-5)
+  wrong = np.concatenate([train(x[i : i + 3], 0) for i in (0, 3)])
+  assert np.abs(whole[3:] - wrong[3:]).max() > 1e-2
+
+
+def test_training_without_dropout_needs_no_key():
+  model, shape = ResNet((1,), num_classes=2, features=4), (2, 8, 8, 1)
+  variables, x = randomize(model, shape), images(shape)
+  train = model.apply(variables, x, train=True)
+  np.testing.assert_array_equal(train, model.apply(variables, x, train=False))
+  with pytest.raises(flax.errors.InvalidRngError, match='dropout'):
+    model.clone(dropout=0.1).apply(variables, x, train=True)
+
+
+# Transformations.
+
+
+@pytest.mark.parametrize('method', ['skipinit', 'fixup'])
+def test_per_example_gradients_average_to_the_batch_gradient(method):
+  # 4x4, so that the product for 2x2 images is mapped too.
+  model = ResNet(
+    (1, 1),
+    num_classes=5,
+    method=method,
+    features=4,
+    stem_features=4,
+    small_images=True,
+  )
+  shape = (4, 4, 4, 1)
+  params, x = randomize(model, shape)['params'], images(shape)
+  labels = jnp.asarray([0, 3, 1, 4])
+
+  def loss(params, x, labels):
+    logits = model.apply({'params': params}, x, train=True)
+    picked = jnp.take_along_axis(
+      jax.nn.log_softmax(logits), labels[:, None], axis=1
+    )
+    return -picked.mean()
+
+  batch = flatten(jax.grad(loss)(params, x, labels))
+  each = jax.vmap(jax.grad(loss), (None, 0, 0))(
+    params, x[:, None], labels[:, None]
+  )
+  for path, grads in flatten(each).items():
+    assert grads.shape[0] == 4
+    scale = np.abs(grads).max()
+    assert grads.std(0).max() > 1e-3 * scale
+    np.testing.assert_allclose(
+      grads.mean(0), batch[path], rtol=1e-3, atol=2e-5 * scale, err_msg=path
+    )

@@ -1,0 +1,160 @@
+"""Which parameters decay, by leaf name."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from skipinit_jax.errors import InputError
+from skipinit_jax.models import (
+  METHODS,
+  ResNet,
+  WideResNet,
+  decay_mask,
+  param_labels,
+)
+from skipinit_jax.models.parameters import LEAVES, count_parameters
+
+MODELS = {
+  'wide': WideResNet(16, 2),
+  'basic': ResNet((2, 1), num_classes=5, features=4),
+  'bottleneck': ResNet((3, 1), True, num_classes=5, features=4),
+}
+PLAIN = {
+  'layer': {'kernel': np.ones((2, 3)), 'bias': np.ones(3)},
+  'embedding': {'table': np.ones((7, 2))},
+}
+
+
+@functools.cache
+def params_of(model, method, **fields):
+  init = functools.partial(
+    model.clone(method=method, **fields).init, train=False
+  )
+  x = jnp.zeros((1, 16, 16, 3))
+  return jax.eval_shape(init, jax.random.key(0), x)['params']
+
+
+def by_path(tree):
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(p, simple=True, separator='/'): v for p, v in flat
+  }
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('family', MODELS)
+def test_labels_are_total_and_by_exact_leaf_name(family, method):
+  params = params_of(MODELS[family], method, biases=True)
+  labels = param_labels(params)
+  assert jax.tree.structure(labels) == jax.tree.structure(params)
+  for path, label in by_path(labels).items():
+    assert path.endswith(f'/{label}')
+  expected = {'kernel', 'bias'}
+  expected |= {'scale'} if METHODS[method].normalize else set()
+  expected |= {'alpha'} if METHODS[method].alpha is not None else set()
+  expected |= {'scalar_bias'} if METHODS[method].scalar_biases else set()
+  assert set(jax.tree.leaves(labels)) == expected
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_scanned_and_unrolled_networks_have_the_same_labels(method):
+  def labels(scan):
+    return by_path(param_labels(params_of(MODELS['wide'], method, scan=scan)))
+
+  scanned, unrolled = labels(True), labels(False)
+  assert scanned != unrolled
+  renamed = {p.replace('/block2/', '/blocks/'): v for p, v in unrolled.items()}
+  assert renamed == scanned
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_kernels_alone_decay_by_default(method):
+  params = params_of(MODELS['basic'], method, biases=True)
+  mask = by_path(decay_mask(params))
+  assert {type(v) for v in mask.values()} == {bool}
+  for path, decays in mask.items():
+    assert decays == path.endswith('/kernel'), path
+
+
+def test_what_decays_is_a_field():
+  params = params_of(MODELS['basic'], 'fixup', biases=True)
+  mask = by_path(decay_mask(params, decay=('alpha', 'scalar_bias')))
+  for path, decays in mask.items():
+    assert decays == path.endswith(('/alpha', '/scalar_bias')), path
+  assert not any(by_path(decay_mask(params, decay=())).values())
+  assert all(by_path(decay_mask(params, decay=LEAVES)).values())
+
+
+def test_the_mask_is_what_optax_takes():
+  params = {'conv': {'kernel': jnp.ones(2), 'alpha': jnp.ones(())}}
+  l2 = optax.add_decayed_weights(0.5, decay_mask(params))
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = l2.update(zeros, l2.init(params), params)
+  np.testing.assert_array_equal(updates['conv']['kernel'], [0.5, 0.5])
+  assert float(updates['conv']['alpha']) == 0
+
+
+@pytest.mark.parametrize('function', [param_labels, decay_mask])
+def test_an_unknown_leaf_is_named_with_the_argument_that_settles_it(function):
+  with pytest.raises(InputError) as error:
+    function(PLAIN)
+  message = str(error.value)
+  assert "'embedding/table'" in message
+  assert "other='decay'" in message
+  assert "other='no_decay'" in message
+  assert '\n' not in message
+  with pytest.raises(InputError, match="other='no': expected 'decay' or"):
+    function(PLAIN, other='no')
+
+
+@pytest.mark.parametrize('name', ['bias_2', 'kernels', 'my_alpha', 'Kernel'])
+def test_a_leaf_that_only_resembles_a_known_name_is_unknown(name):
+  with pytest.raises(InputError, match=name):
+    param_labels({'kernel': {name: np.ones(1)}})
+
+
+@pytest.mark.parametrize('other', ['decay', 'no_decay'])
+def test_other_settles_unknown_leaves_and_no_known_one(other):
+  assert param_labels(PLAIN, other=other) == {
+    'layer': {'kernel': 'kernel', 'bias': 'bias'},
+    'embedding': {'table': other},
+  }
+  assert decay_mask(PLAIN, other=other) == {
+    'layer': {'kernel': True, 'bias': False},
+    'embedding': {'table': other == 'decay'},
+  }
+
+
+def test_an_unknown_name_in_decay_is_refused():
+  message = r"unknown leaf name in decay 'kernal'; did you mean 'kernel'\?"
+  with pytest.raises(InputError, match=message):
+    decay_mask({'kernel': np.ones(1)}, decay=('kernal',))
+
+
+def test_counts_are_arrays_and_elements_by_name():
+  assert count_parameters(PLAIN) == {
+    'kernel': (1, 6),
+    'bias': (1, 3),
+    'no_decay': (1, 14),
+  }
+  # Two scalar biases in the network and four a block, an alpha a block.
+  counts = count_parameters(params_of(MODELS['basic'], 'fixup'))
+  assert counts['scalar_bias'] == (14, 14)
+  assert counts['alpha'] == (3, 3)
+  assert counts['bias'] == (1, 5)
+  # A scanned stage holds its blocks' scalars in one array.
+  unrolled = count_parameters(params_of(MODELS['wide'], 'skipinit'))
+  scanned = count_parameters(params_of(MODELS['wide'], 'skipinit', scan=True))
+  assert unrolled['alpha'] == (6, 6)
+  assert scanned['alpha'] == (6, 6)
+  assert {k: v[1] for k, v in scanned.items()} == {
+    k: v[1] for k, v in unrolled.items()
+  }
+  total = sum(
+    leaf.size for leaf in jax.tree.leaves(params_of(MODELS['wide'], 'skipinit'))
+  )
+  assert sum(elements for _, elements in unrolled.values()) == total
