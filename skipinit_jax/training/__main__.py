@@ -16,8 +16,8 @@ from ml_collections import config_flags
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import processes
 from skipinit_jax.training.config import recipe_path
+from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.loop import evaluate_latest, train
-from skipinit_jax.training.metrics import dumps
 from skipinit_jax.training.signals import Stopped, leave
 from skipinit_jax.training.startup import set_deterministic
 
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     )
     if _EVAL_ONLY.value and _WORKDIR.value is None:
       raise InputError('--eval_only needs the --workdir of a run')
-    workdir = Path(_WORKDIR.value or _new_workdir())
+    workdir = _WORKDIR.value or str(_new_workdir())
     if _EVAL_ONLY.value:
       print(dumps(evaluate_latest(config, workdir)))
       return
@@ -130,7 +130,7 @@ def _one_line_each() -> Iterator[None]:
     _exit(f'a process was lost: {str(error).splitlines()[0]}', processes.LOST)
 
 
-def summary(result: dict, workdir: Path) -> str:
+def summary(result: dict, workdir: str) -> str:
   """One line on how a run ended."""
   last, best = result['eval'], result['best_eval']
   loss = 'not finite' if last['loss'] is None else f'{last["loss"]:.4f}'

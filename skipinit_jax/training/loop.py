@@ -2,9 +2,9 @@
 
 import os
 import time
-from pathlib import Path
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
@@ -13,7 +13,7 @@ from skipinit_jax.training import devices, startup
 from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
 from skipinit_jax.training.config import check_config
 from skipinit_jax.training.evaluate import evaluate
-from skipinit_jax.training.metrics import Reporter, last_eval
+from skipinit_jax.training.metrics import Reporter, read_evals
 from skipinit_jax.training.profile import Profiler
 from skipinit_jax.training.program import make_program
 from skipinit_jax.training.result import read_result, write_result
@@ -43,7 +43,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     Stopped: asked to stop by SIGTERM or SIGINT; all steps made are saved.
   """
   began = time.perf_counter()
-  workdir = Path(workdir)
+  workdir = epath.Path(workdir)
   startup.check_devices(config)
   check_config(config, jax.device_count())
   data = open_dataset(config.data)
@@ -73,7 +73,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     startup.warm_up(program, state, config, data)
     inputs = data.inputs(place, config, step)
     profiler = Profiler(config, workdir)
-    seen = last_eval(workdir, step)  # Step of the last evaluation.
+    # Step of the last evaluation.
+    seen = max((e['step'] for e in read_evals(workdir, step)), default=0)
 
     stopped = False
     while not (reporter.diverged or stopped):
@@ -144,7 +145,7 @@ def evaluate_latest(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   Raises:
     InputError: a recipe that can't run, or a workdir without a checkpoint.
   """
-  workdir = Path(workdir)
+  workdir = epath.Path(workdir)
   startup.check_devices(config)
   check_config(config, jax.device_count())
   if not (workdir / FOLDER).is_dir():

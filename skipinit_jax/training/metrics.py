@@ -1,23 +1,21 @@
 """What a run says: metrics.jsonl, TensorBoard events, the progress line."""
 
 import contextlib
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import tensorboardX
 import tqdm
+from etils import epath
 
 from skipinit_jax.errors import RunError
+from skipinit_jax.training.lines import Lines
 from skipinit_jax.training.timetable import Timetable
 
-METRICS = 'metrics.jsonl'
 # What differs from run to run; every other field of a line is reproducible.
 TIMINGS = ('images_per_second', 'data_wait_seconds')
 
@@ -41,9 +39,10 @@ class Reporter:
   """
 
   def __init__(
-    self, workdir: Path, start: int, times: Timetable, batch_size: int
+    self, workdir: epath.Path, start: int, times: Timetable, batch_size: int
   ):
-    self._path = workdir / METRICS
+    self._workdir = workdir
+    self._lines = Lines(workdir)
     self._writes = jax.process_index() == 0
     self._times = times
     self._batch_size = batch_size
@@ -68,15 +67,12 @@ class Reporter:
     self.last: dict[str, float] = {}
     self.replaced = 0
     if self._writes:
-      lines = _lines_until(self._path, start)
-      self.replaced = sum(json.loads(x).get('replaced', 0) for x in lines)
-      temporary = self._path.with_suffix('.tmp')
-      temporary.write_text(''.join(lines))
-      os.replace(temporary, self._path)
-      self._file = self._path.open('a')
-      self._board = tensorboardX.SummaryWriter(
-        str(self._path.parent / 'tensorboard'), purge_step=start
-      )
+      self._lines.take_up(start)
+      self.replaced = sum(x.get('replaced', 0) for x in self._lines.read())
+      if '://' not in str(self._workdir):  # tensorboardX needs a folder.
+        self._board = tensorboardX.SummaryWriter(
+          str(self._workdir / 'tensorboard'), purge_step=start
+        )
     self._bar.n = self._bar.initial = start
     self.restart_clock(start)
 
@@ -161,8 +157,7 @@ class Reporter:
 
   def sync(self) -> None:
     """Makes what was written last through a crash of the machine."""
-    if self._writes:
-      os.fsync(self._file.fileno())
+    self._lines.sync()
 
   def close(self) -> None:
     """Closes the files and the progress line."""
@@ -170,8 +165,8 @@ class Reporter:
     self._close_files()
 
   def _close_files(self) -> None:
-    if self._writes:
-      self._file.close()
+    self._lines.close()
+    if self._board:
       self._board.close()
 
   def _write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -179,65 +174,34 @@ class Reporter:
       return
     line = {'step': step, 'epoch': round(step / self._times.per_epoch, 4)}
     try:
-      self._file.write(dumps(line | dict(values)) + '\n')
-      self._file.flush()
-      groups = {k: v for k, v in values.items() if isinstance(v, Mapping)}
-      for group, scalars in (groups or {'train': values}).items():
-        for name, value in scalars.items():
-          if math.isfinite(value):  # TensorBoard has no place for the others.
-            self._board.add_scalar(f'{group}/{name}', value, step)
+      self._lines.append(line | dict(values))
+      self._show(step, values)
     except OSError as error:
       raise RunError(
-        f'metrics can not be written to {self._path}: {error.strerror}'
+        f'metrics can not be written to {self._workdir}: {error.strerror}'
       ) from None
 
+  def _show(self, step: int, values: Mapping[str, Any]) -> None:
+    if not self._board:
+      return
+    groups = {k: v for k, v in values.items() if isinstance(v, Mapping)}
+    for group, scalars in (groups or {'train': values}).items():
+      for name, value in scalars.items():
+        if math.isfinite(value):  # TensorBoard has no place for the others.
+          self._board.add_scalar(f'{group}/{name}', value, step)
 
-def read_evals(workdir: Path) -> list[dict[str, float]]:
-  """All evaluations of a run: top1, top5, loss and step, in order."""
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """All lines of a run's metrics, in order."""
+  return Lines(workdir).read()
+
+
+def read_evals(
+  workdir: epath.PathLike, until: float = math.inf
+) -> list[dict[str, float]]:
+  """A run's evaluations after at most `until` steps: top1, top5, loss, step."""
   return [
     {**line['eval'], 'step': line['step']}
-    for line in read_metrics(workdir)
+    for line in Lines(workdir).read(until)
     if 'eval' in line
   ]
-
-
-def last_eval(workdir: Path, until: int) -> int:
-  """The step of the last evaluation after at most `until` steps, or 0."""
-  steps = [e['step'] for e in read_evals(workdir)]
-  return max((s for s in steps if s <= until), default=0)
-
-
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-  """All whole lines of a run's metrics, in order; [] if there are none."""
-  path = workdir / METRICS
-  return [json.loads(line) for line in _lines_until(path, math.inf)]
-
-
-def dumps(value: Any, **kwargs) -> str:
-  """Strict JSON, with null for numbers that are not finite."""
-  return json.dumps(_finite(value), allow_nan=False, **kwargs)
-
-
-def _finite(value: Any) -> Any:
-  if isinstance(value, Mapping):
-    return {k: _finite(v) for k, v in value.items()}
-  if isinstance(value, list | tuple):
-    return [_finite(v) for v in value]
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
-
-
-def _lines_until(path: Path, step: float) -> Sequence[str]:
-  """The whole lines of at most `step` steps."""
-  if not path.exists():
-    return []
-  lines = path.read_text().splitlines(keepends=True)
-  return [line for line in lines if _step_of(line) <= step]
-
-
-def _step_of(line: str) -> float:
-  try:
-    return json.loads(line)['step'] if line.endswith('\n') else math.nan
-  except ValueError:  # Cut off when the run was killed.
-    return math.nan

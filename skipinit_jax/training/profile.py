@@ -1,8 +1,7 @@
 """A window of steps in JAX's profiler."""
 
-from pathlib import Path
-
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 
@@ -12,7 +11,7 @@ class Profiler:
   Look at it with TensorBoard or Perfetto: `WORKDIR/profile`.
   """
 
-  def __init__(self, config: ConfigDict, workdir: Path):
+  def __init__(self, config: ConfigDict, workdir: epath.Path):
     self._first, self._number = config.profile_at, config.profile_steps
     self._folder = workdir / 'profile'
     self._until: int | None = None

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -10,23 +9,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.experimental import multihost_utils
 
-from skipinit_jax.training.metrics import Reporter, dumps, read_evals
+from skipinit_jax.training.lines import write_json
+from skipinit_jax.training.metrics import Reporter, read_evals
 from skipinit_jax.training.step import TrainState
 from skipinit_jax.version import __version__
 
 RESULT = 'result.json'
 
 
-def read_result(workdir: Path) -> dict[str, Any] | None:
+def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
   """The result of a run that has ended, else None."""
-  path = workdir / RESULT
+  path = epath.Path(workdir) / RESULT
   return json.loads(path.read_text()) if path.exists() else None
 
 
 def write_result(
-  workdir: Path, state: TrainState, reporter: Reporter, seconds: float
+  workdir: epath.Path, state: TrainState, reporter: Reporter, seconds: float
 ) -> dict[str, Any]:
   """Writes `result.json`, in one piece, and returns it.
 
@@ -54,9 +55,7 @@ def write_result(
         'last_finite': reporter.last,
         'largest_norms': largest_norms(state.params),
       }
-    temporary = workdir / f'{RESULT}.tmp'
-    temporary.write_text(dumps(result, indent=2) + '\n')
-    os.replace(temporary, workdir / RESULT)
+    write_json(workdir / RESULT, result)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('result.json is written')
   return read_result(workdir)

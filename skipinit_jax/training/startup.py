@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -23,7 +24,7 @@ from skipinit_jax.training.checkpoints import Checkpoints
 from skipinit_jax.training.config import build_method, peak_rate
 from skipinit_jax.training.devices import replicate, shard, tell
 from skipinit_jax.training.evaluate import eval_batch_size
-from skipinit_jax.training.metrics import dumps
+from skipinit_jax.training.lines import dumps, write_json
 from skipinit_jax.training.program import Program
 from skipinit_jax.training.step import TrainState, create_state
 from skipinit_jax.training.timetable import Timetable
@@ -74,7 +75,7 @@ def check_devices(config: ConfigDict) -> None:
       )
 
 
-def open_workdir(workdir: Path, config: ConfigDict) -> None:
+def open_workdir(workdir: epath.Path, config: ConfigDict) -> None:
   """Makes the folder and writes config.json, or checks the one that is there.
 
   Raises:
@@ -83,7 +84,11 @@ def open_workdir(workdir: Path, config: ConfigDict) -> None:
   """
   path = workdir / CONFIG
   ours = json.loads(dumps(config.to_dict()))
-  if path.exists() and not config.accept_changes:
+  try:
+    exists = path.exists()
+  except ImportError as error:  # A bucket, and no package to reach it.
+    raise InputError(f'--workdir={workdir}: {error}') from None
+  if exists and not config.accept_changes:
     changed = _changes(json.loads(path.read_text()), ours)
     if changed:
       raise InputError(
@@ -93,9 +98,7 @@ def open_workdir(workdir: Path, config: ConfigDict) -> None:
   if jax.process_index() == 0:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
-      temporary = path.with_suffix('.tmp')
-      temporary.write_text(dumps(ours, indent=2) + '\n')
-      os.replace(temporary, path)
+      write_json(path, ours)
     except OSError as error:
       reason = error.strerror
       raise InputError(f'can not write to {workdir}: {reason}') from None
@@ -220,7 +223,7 @@ def describe(
   data: Any,
   state: TrainState,
   times: Timetable,
-  workdir: Path,
+  workdir: epath.Path,
 ) -> str:
   """The lines that a run starts with."""
   devices = jax.devices()

@@ -1,0 +1,66 @@
+"""Metric lines in a file and as objects of a bucket."""
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from skipinit_jax.training.lines import Lines
+
+
+@pytest.fixture(params=['file', 'bucket'])
+def workdir(request, tmp_path):
+  if request.param == 'file':
+    return tmp_path
+  before = dict(fsspec.registry)
+  fsspec.register_implementation('gcs', MemoryFileSystem, clobber=True)
+  assert 'gcs' not in before
+  MemoryFileSystem.store.clear()
+  return 'gs://bucket/run'
+
+
+def written(workdir, *steps):
+  lines = Lines(workdir)
+  lines.take_up(0)
+  for number, step in enumerate(steps):
+    lines.append({'step': step, 'number': number})
+  lines.close()
+
+
+def test_lines_come_back_in_order(workdir):
+  written(workdir, 2, 4, 4, 10, 100)
+  lines = Lines(workdir).read()
+  assert [line['step'] for line in lines] == [2, 4, 4, 10, 100]
+  assert [line['number'] for line in lines] == list(range(5))
+  assert [line['step'] for line in Lines(workdir).read(4)] == [2, 4, 4]
+
+
+def test_a_run_that_goes_on_writes_later_lines_again(workdir):
+  written(workdir, 2, 4, 6, 8)
+  lines = Lines(workdir)
+  lines.take_up(4)
+  lines.append({'step': 6, 'again': True})
+  lines.close()
+  assert Lines(workdir).read() == [
+    {'step': 2, 'number': 0},
+    {'step': 4, 'number': 1},
+    {'step': 6, 'again': True},
+  ]
+
+
+def test_numbers_that_are_not_finite_become_null(workdir):
+  lines = Lines(workdir)
+  lines.take_up(0)
+  lines.append({'step': 1, 'loss': float('nan'), 'deep': {'x': float('inf')}})
+  lines.close()
+  assert Lines(workdir).read() == [
+    {'step': 1, 'loss': None, 'deep': {'x': None}}
+  ]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+  written(tmp_path, 2, 4)
+  path = tmp_path / 'metrics.jsonl'
+  for cut in range(1, 20):
+    path.write_text(path.read_text()[:-1] if cut > 1 else path.read_text())
+    whole = path.read_text().count('\n')
+    assert len(Lines(tmp_path).read()) == whole
