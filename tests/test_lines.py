@@ -7,14 +7,22 @@ from fsspec.implementations.memory import MemoryFileSystem
 from skipinit_jax.training.lines import Lines
 
 
+class Bucket(MemoryFileSystem):
+  """A bucket in memory, where etils looks for Google's."""
+
+  protocol = ('gs', 'gcs')
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(path.removeprefix('gs://'))
+
+
 @pytest.fixture(params=['file', 'bucket'])
 def workdir(request, tmp_path):
   if request.param == 'file':
     return tmp_path
-  before = dict(fsspec.registry)
-  fsspec.register_implementation('gcs', MemoryFileSystem, clobber=True)
-  assert 'gcs' not in before
-  MemoryFileSystem.store.clear()
+  fsspec.register_implementation('gcs', Bucket, clobber=True)
+  Bucket.store.clear()
   return 'gs://bucket/run'
 
 
