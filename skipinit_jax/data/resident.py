@@ -6,7 +6,6 @@ inside the training step.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -78,12 +77,13 @@ class Resident:
       place: puts a tree of arrays on the devices.
       config, start_step: make no difference here.
 
-    Returns:
-      Endless: (images, labels), and the names of unreadable images, none.
+    Yields:
+      (images, labels), and the names of unreadable images, none; without end.
     """
     del config, start_step
     arrays = place((self.images, self.labels.astype(np.int32)))
-    return itertools.repeat((arrays, []))
+    while True:
+      yield arrays, []
 
   def choose(
     self,

@@ -1,6 +1,7 @@
 """Image files on their way to the device: batches for the training step."""
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -69,22 +70,24 @@ class Stream:
       config: of the run: its batch size and seed.
       start_step: number of the first step, from 0.
 
-    Returns:
-      Endless: (images uint8, labels int32), and a line on each image that could
-      not be read and was replaced.
+    Yields:
+      (images uint8, labels int32), and a line on each image that could not be
+      read and was replaced; without end. Close it to stop the workers.
     """
-    ahead = collections.deque()
-    for batch in self.images.train_batches(
+    batches = self.images.train_batches(
       config.batch_size,
       seed=config.seed,
       start_step=start_step,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
-    ):
-      broken = [f'{name}: {reason}' for name, reason in batch['broken']]
-      ahead.append((place((batch['image'], batch['label'])), broken))
-      if len(ahead) > 1:
-        yield ahead.popleft()
+    )
+    ahead = collections.deque()
+    with contextlib.closing(batches):
+      for batch in batches:
+        broken = [f'{name}: {reason}' for name, reason in batch['broken']]
+        ahead.append((place((batch['image'], batch['label'])), broken))
+        if len(ahead) > 1:
+          yield ahead.popleft()
 
   def choose(
     self,

@@ -1,7 +1,9 @@
 """Training: the order of things, nothing else."""
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -59,7 +61,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     StopRequest(startup.say) as request,
     Watchdog(config.stuck_after_seconds) as watchdog,
     Checkpoints(workdir, config, startup.say) as checkpoints,
+    contextlib.ExitStack() as open_inputs,
   ):
+
+    def feed(step: int) -> Iterator:
+      open_inputs.close()  # Those from before going back.
+      inputs = data.inputs(place, config, step)
+      return open_inputs.enter_context(contextlib.closing(inputs))
 
     def asked() -> bool:
       watchdog.beat()
@@ -71,7 +79,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       startup.describe(config, program.model, data, state, times, workdir)
     )
     startup.warm_up(program, state, config, data)
-    inputs = data.inputs(place, config, step)
+    inputs = feed(step)
     profiler = Profiler(config, workdir)
     # Step of the last evaluation.
     seen = max((e['step'] for e in read_evals(workdir, step)), default=0)
@@ -109,7 +117,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       if reporter.diverged and startup.may_go_back(state, config):
         step, state = startup.go_back(state, program, config, data, checkpoints)
         reporter.go_back(step)
-        inputs = data.inputs(place, config, step)
+        inputs = feed(step)
         seen = step
       stopped = reporter.stop
 
