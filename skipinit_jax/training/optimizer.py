@@ -42,9 +42,11 @@ def make_schedule(config: ConfigDict, train_size: int) -> optax.Schedule:
       while epoch < config.epochs:
         boundaries.append(epoch)
         epoch += schedule.every_epochs
-    main = optax.piecewise_constant_schedule(
-      peak, {max(steps(b) - warmup, 0): factor for b in boundaries}
-    )
+    scales: dict[int, float] = {}
+    for boundary in boundaries:
+      step = max(steps(boundary) - warmup, 0)
+      scales[step] = scales.get(step, 1.0) * factor
+    main = optax.piecewise_constant_schedule(peak, scales)
   if not warmup:
     return main
   ramp = optax.linear_schedule(0.0, peak, warmup)

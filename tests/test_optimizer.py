@@ -1,0 +1,321 @@
+"""Schedules and the optimizer against loops written out in numpy."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from skipinit_jax.models.methods import METHODS
+from skipinit_jax.models.resnet import WideResNet
+from skipinit_jax.models.stages import stack_blocks, unstack_blocks
+from skipinit_jax.training.config import default_config
+from skipinit_jax.training.optimizer import (
+  adaptive_clip,
+  make_optimizer,
+  make_schedule,
+)
+
+SIZE, BATCH = 100, 10  # 10 steps an epoch.
+
+
+def recipe(name='constant', epochs=12.0, **fields):
+  config = default_config()
+  config.batch_size, config.epochs = BATCH, epochs
+  config.optimizer.learning_rate = 0.4
+  config.optimizer.l2 = 0.0
+  config.schedule.name = name
+  for field, value in fields.items():
+    part = config.schedule if field in config.schedule else config.optimizer
+    part[field] = value
+  return config
+
+
+def rates(config, steps=120):
+  schedule = make_schedule(config, SIZE)
+  return np.array([float(schedule(jnp.int32(s))) for s in range(steps)])
+
+
+# One step's rate, by the words of the schedule's description.
+
+
+def constant(step):
+  return 0.4
+
+
+def halving(step, hold, every):
+  rate, boundary = 0.4, hold
+  while boundary <= step:
+    rate, boundary = rate / 2, boundary + every
+  return rate
+
+
+def stepped(step, boundaries, factor):
+  for boundary in boundaries:
+    if step >= boundary:
+      factor_now = factor
+      boundaries = boundaries[1:]
+      return factor_now * stepped(step, boundaries, factor)
+  return 0.4
+
+
+def cosine(step, warmup=0, total=120):
+  done = (step - warmup) / (total - warmup)
+  return 0.2 * (1 + math.cos(math.pi * done))
+
+
+SCHEDULES = {
+  'constant': (recipe(), constant),
+  'halving': (
+    recipe('halving', hold_epochs=5.0, every_epochs=2.0),
+    lambda s: halving(s, 50, 20),
+  ),
+  'halving with an interval that is no whole number': (
+    recipe('halving', hold_epochs=4.5, every_epochs=2.5),
+    lambda s: halving(s, 45, 25),
+  ),
+  'step': (
+    recipe('step', boundaries=(3, 6.5, 9), factor=0.1),
+    lambda s: stepped(s, (30, 65, 90), 0.1),
+  ),
+  'cosine': (recipe('cosine'), cosine),
+}
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_schedule_is_what_its_description_says_at_every_step(name):
+  config, rate = SCHEDULES[name]
+  expected = [rate(step) for step in range(120)]
+  np.testing.assert_allclose(rates(config), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_warm_up_is_linear_from_0_and_then_the_schedule_goes_on(name):
+  config, rate = SCHEDULES[name]
+  config = config.copy_and_resolve_references()
+  config.schedule.warmup_epochs = 1.5
+  if name == 'cosine':
+    rate = functools.partial(cosine, warmup=15)
+  expected = [0.4 * s / 15 if s < 15 else rate(s) for s in range(120)]
+  np.testing.assert_allclose(rates(config), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_boundaries_inside_the_warm_up_count_each():
+  config = recipe('step', boundaries=(1, 2), factor=0.1, warmup_epochs=3.0)
+  np.testing.assert_allclose(rates(config)[30:], 0.4 * 0.1 * 0.1, rtol=1e-5)
+
+
+def test_cosine_ends_at_0():
+  schedule = make_schedule(recipe('cosine', warmup_epochs=2.0), SIZE)
+  assert float(schedule(120)) == pytest.approx(0, abs=1e-8)
+  assert float(schedule(20)) == pytest.approx(0.4)
+
+
+def test_peak_is_scaled_with_the_batch_where_asked():
+  config = recipe(reference_batch=40, warmup_epochs=1.0)
+  assert rates(config)[-1] == pytest.approx(0.4 * BATCH / 40)
+
+
+# The optimizer, on a tree with every kind of leaf.
+
+
+def tree(seed):
+  rng = np.random.default_rng(seed)
+  shapes = {
+    'stem': {'kernel': (3, 3, 2, 4)},
+    'stage1': {
+      'block1': {
+        'conv1': {'kernel': (3, 3, 4, 4), 'bias': (4,)},
+        'conv2': {'kernel': (1, 1, 4, 4), 'bias': (4,), 'alpha': ()},
+        'bias1a': {'scalar_bias': ()},
+        'norm1': {'scale': (4,), 'bias': (4,)},
+      }
+    },
+    'classifier': {'kernel': (4, 5), 'bias': (5,)},
+  }
+  return jax.tree.map(
+    lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def flat(tree):
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(
+      leaf, np.float64
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def run(config, method='skipinit', steps=4):
+  """Parameters after some steps of the optimizer."""
+  schedule = make_schedule(config, SIZE)
+  tx = make_optimizer(config, METHODS[method], schedule)
+  params = tree(0)
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  for step in range(steps):
+    updates, state = update(tree(step + 1), state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  return flat(params)
+
+
+def by_hand(config, change=lambda g, p: g, decay=('kernel',), scalars=1.0):
+  """The same, by a loop over leaves in float64."""
+  optimizer = config.optimizer
+  schedule = make_schedule(config, SIZE)
+  params = flat(tree(0))
+  traces = {name: np.zeros_like(p) for name, p in params.items()}
+  for step in range(4):
+    grads = change(flat(tree(step + 1)), params)
+    for name, p in params.items():
+      leaf, g = name.split('/')[-1], grads[name]
+      if leaf in decay:
+        g = g + optimizer.l2 * p
+      if leaf in ('alpha', 'scalar_bias'):
+        g = scalars * g
+      traces[name] = optimizer.momentum * traces[name] + g
+      step_by = traces[name]
+      if optimizer.nesterov:
+        step_by = g + optimizer.momentum * traces[name]
+      params[name] = p - float(schedule(step)) * step_by
+  return params
+
+
+def assert_close(ours, theirs, rtol=1e-5):
+  assert ours.keys() == theirs.keys()
+  for name in ours:
+    np.testing.assert_allclose(
+      ours[name], theirs[name], rtol=rtol, atol=1e-5, err_msg=name
+    )
+
+
+@pytest.mark.parametrize('nesterov', [False, True])
+@pytest.mark.parametrize('l2', [0.0, 0.3])
+def test_sgd_with_momentum_and_l2_in_the_gradient(nesterov, l2):
+  config = recipe(nesterov=nesterov, l2=l2, momentum=0.7, warmup_epochs=0.2)
+  assert_close(run(config), by_hand(config))
+
+
+def test_l2_is_for_the_leaves_that_the_recipe_names():
+  decay = ('bias', 'alpha')
+  config = recipe(l2=0.3, decay=decay)
+  assert_close(run(config), by_hand(config, decay=decay))
+
+
+def test_clipping_by_global_norm_leaves_l2_alone():
+  config = recipe(clip_norm=0.5, l2=0.3)
+
+  def clip(grads, params):
+    norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+    return {n: g * min(1, 0.5 / norm) for n, g in grads.items()}
+
+  assert_close(run(config), by_hand(config, clip))
+
+
+def test_a_gradient_within_the_norm_is_not_clipped():
+  assert_close(run(recipe(clip_norm=1e3)), by_hand(recipe()))
+
+
+def clip_adaptively(grads, params, threshold=0.02):
+  """Brock et al. 2021, equation 3, unit by unit."""
+  clipped = {}
+  for name, g in grads.items():
+    w, leaf = params[name], name.split('/')[-1]
+    g = np.array(g)
+    if name.startswith('classifier'):
+      clipped[name] = g
+      continue
+    units = [...]
+    if leaf == 'kernel':
+      units = [(..., i) for i in range(g.shape[-1])]
+    for unit in units:
+      length = math.sqrt((g[unit] ** 2).sum())
+      limit = threshold * max(math.sqrt((w[unit] ** 2).sum()), 1e-3)
+      if length > limit:
+        g[unit] = g[unit] * limit / length
+    clipped[name] = g
+  return clipped
+
+
+def test_adaptive_clipping_is_equation_3():
+  config = recipe(adaptive_clip=0.02, l2=0.3)
+  assert_close(run(config), by_hand(config, clip_adaptively))
+
+
+def test_adaptive_clipping_scales_some_units_and_leaves_others():
+  grads, params = tree(1), tree(0)
+  kernel = ('stage1/block1/conv1/kernel', 'stem/kernel')
+  tx = adaptive_clip(0.9)
+  ours, _ = tx.update(grads, tx.init(params), params)
+  assert_close(flat(ours), clip_adaptively(flat(grads), flat(params), 0.9))
+  same = [
+    np.isclose(flat(ours)[k][..., i], flat(grads)[k][..., i]).all()
+    for k in kernel
+    for i in range(4)
+  ]
+  assert {*same} == {True, False}
+
+
+def test_adaptive_clipping_lets_zero_parameters_move():
+  params = jax.tree.map(jnp.zeros_like, tree(0))
+  grads, tx = tree(1), adaptive_clip(0.02)
+  ours, _ = tx.update(grads, tx.init(params), params)
+  ours = flat(ours)
+  assert abs(ours['stage1/block1/conv2/alpha']) == pytest.approx(0.02 * 1e-3)
+  assert_close(ours, clip_adaptively(flat(grads), flat(params)))
+
+
+def test_the_classifier_is_not_clipped_adaptively():
+  grads = jax.tree.map(lambda g: 1e3 * g, tree(1))
+  params, tx = tree(0), adaptive_clip(0.02)
+  ours, _ = tx.update(grads, tx.init(params), params)
+  for name, leaf in ours['classifier'].items():
+    np.testing.assert_array_equal(leaf, grads['classifier'][name])
+
+
+@pytest.mark.parametrize('method', ['skipinit', 'fixup', 'batchnorm'])
+def test_adaptive_clipping_of_stacked_leaves_is_that_of_the_blocks(method):
+  model = WideResNet(16, 1, 3, method=method, biases=True)
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+  )['params']
+  rng = np.random.default_rng(0)
+  params, grads = (
+    jax.tree.map(
+      lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes
+    )
+    for _ in range(2)
+  )
+  tx = adaptive_clip(0.5)
+  unrolled, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+  stacked = stack_blocks(params)
+  assert 'blocks' in stacked['stage1']
+  scanned, _ = jax.jit(tx.update)(
+    stack_blocks(grads), tx.init(stacked), stacked
+  )
+  assert_close(flat(unstack_blocks(scanned)), flat(unrolled), rtol=1e-6)
+  assert_close(flat(unrolled), clip_adaptively(flat(grads), flat(params), 0.5))
+
+
+@pytest.mark.parametrize('reference', [None, 2])
+def test_fixup_scalars_have_a_tenth_of_the_rate_before_scaling(reference):
+  config = recipe(reference_batch=reference)
+  # The peak is 0.4 * BATCH / reference; the scalars' rate stays 0.04.
+  scale = BATCH / (reference or BATCH)
+  expected = by_hand(config, scalars=0.1 / scale)
+  assert_close(run(config, 'fixup'), expected)
+  one = run(config, 'fixup', steps=1)
+  moved = flat(tree(0))['stage1/block1/conv2/alpha']
+  moved -= one['stage1/block1/conv2/alpha']
+  gradient = flat(tree(1))['stage1/block1/conv2/alpha']
+  assert moved == pytest.approx(0.04 * gradient, rel=1e-4)
+
+
+@pytest.mark.parametrize('method', sorted(METHODS.keys() - {'fixup'}))
+def test_other_methods_have_one_rate(method):
+  assert_close(run(recipe(), method), by_hand(recipe()))
