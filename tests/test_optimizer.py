@@ -278,9 +278,9 @@ def test_the_classifier_is_not_clipped_adaptively():
     np.testing.assert_array_equal(leaf, grads['classifier'][name])
 
 
-@pytest.mark.parametrize('method', ['skipinit', 'fixup', 'batchnorm'])
+@pytest.mark.parametrize('method', ['skipinit', 'fixup'])
 def test_adaptive_clipping_of_stacked_leaves_is_that_of_the_blocks(method):
-  model = WideResNet(16, 1, 3, method=method, biases=True)
+  model = WideResNet(22, 1, 3, method=method, biases=True)  # Two stacked.
   shapes = jax.eval_shape(
     lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
   )['params']

@@ -18,6 +18,7 @@ LAYERS = {
   'models': set(),
   'data': set(),
   'training': {'models', 'data'},
+  'ahead_of_time': {'models', 'data', 'training'},
 }
 SHARED = {'errors', 'published', 'version'}
 

@@ -55,10 +55,12 @@ class Augmentation:
     Returns:
       Normalized images, float32, and targets, float32 (n, num_classes).
     """
-    image_key, mix_key = jax.random.split(key)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(image_key, examples)
+    move_key, cut_key, mix_key = jax.random.split(key, 3)
+    by_example = jax.vmap(jax.random.fold_in, (None, 0))
+    keys = by_example(move_key, examples)
     images = self.normalize(jax.vmap(self._move)(keys, images))
     if self.cutout:
+      keys = by_example(cut_key, examples)
       images = jax.vmap(cutout, (0, 0, None))(keys, images, self.cutout)
     targets = jax.nn.one_hot(labels, self.num_classes)
     if self.mixes:

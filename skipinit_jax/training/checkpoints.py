@@ -14,7 +14,7 @@ from flax import serialization
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from skipinit_jax.errors import RunError
+from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
 from skipinit_jax.training.devices import replicate
 from skipinit_jax.training.step import TrainState
@@ -65,6 +65,11 @@ class Checkpoints:
     with _reasons(f'checkpoints in {self._folder} can not be used'):
       self._manager = ocp.CheckpointManager(
         self._folder if '://' in str(self._folder) else self._folder.resolve(),
+        # Without them a fresh manager tells nothing of what was saved.
+        item_handlers={
+          'state': ocp.StandardCheckpointHandler(),
+          'check': ocp.JsonCheckpointHandler(),
+        },
         options=ocp.CheckpointManagerOptions(
           best_fn=top1,  # Without it metrics are not written.
           preservation_policy=checkpoint_managers.AnyPreservationPolicy(
@@ -145,6 +150,7 @@ class Checkpoints:
         wanted, convert = _shapes(stack_blocks, wanted), unstack_blocks
       elif _has_stacked(wanted) and not _has_stacked(saved):
         wanted, convert = _shapes(unstack_blocks, wanted), stack_blocks
+      _check_shapes(saved, wanted)
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -154,6 +160,8 @@ class Checkpoints:
           check=ocp.args.JsonRestore(),
         ),
       )
+    except InputError:
+      raise
     except Exception as error:  # Orbax raises bare exceptions here.
       raise _Damaged(_first_line(error)) from None
     tree = restored['state']
@@ -167,7 +175,10 @@ class Checkpoints:
       self._manager.wait_until_finished()
 
   def _not_written(self, step: int | None) -> str:
-    good = ', '.join(map(str, self.steps())) or 'none'
+    steps = sorted(
+      int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()
+    )
+    good = ', '.join(map(str, steps)) or 'none'
     which = 'a checkpoint' if step is None else f'the checkpoint of step {step}'
     return f'{which} could not be written (whole ones: {good})'
 
@@ -212,6 +223,26 @@ def digest(tree: Any) -> str:
 def _has_stacked(tree: Any) -> bool:
   paths = jax.tree_util.tree_leaves_with_path(tree)
   return any(f"'{STACKED}'" in jax.tree_util.keystr(path) for path, _ in paths)
+
+
+def _check_shapes(saved: Any, wanted: Any) -> None:
+  """Raises InputError where a checkpoint is of another network."""
+
+  def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+      jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+      for path, leaf in leaves
+      if hasattr(leaf, 'shape')
+    }
+
+  there, here = shapes(saved), shapes(wanted)
+  for name in {**here, **there}:
+    if there.get(name) != here.get(name):
+      raise InputError(
+        f'the checkpoint is of another network: {name} is '
+        f'{there.get(name, "missing")} there, {here.get(name, "missing")} here'
+      )
 
 
 def _shapes(convert: Callable, tree: Any) -> Any:

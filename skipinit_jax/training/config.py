@@ -10,6 +10,7 @@ from ml_collections.config_dict import placeholder
 
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.models.methods import Method, he_normal, resolve_method
+from skipinit_jax.models.parameters import LEAVES
 from skipinit_jax.models.resnet import RESNETS, ResNet, WideResNet
 
 MODELS = ('wide_resnet', 'resnet')
@@ -155,6 +156,9 @@ def check_config(config: ConfigDict, device_count: int) -> None:
     value = _get(config, field)
     if value is not None and value not in known:
       raise InputError(unknown(field, value, known))
+  for name in config.optimizer.decay:
+    if name not in LEAVES:
+      raise InputError(unknown('leaf name in optimizer.decay', name, LEAVES))
   _check_schedule(config)
   share, rest = divmod(config.batch_size, device_count)
   if rest:

@@ -50,12 +50,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   check_config(config, jax.device_count())
   data = open_dataset(config.data)
   program = make_program(config, data)
+  times = make_timetable(config, data.train_size)
   startup.open_workdir(workdir, config)
   if (result := read_result(workdir)) is not None:
     return result
   startup.set_compilation_cache(config.compilation_cache)
 
-  times = make_timetable(config, data.train_size)
   place = devices.replicate if data.input_axis is None else devices.shard
   with (
     StopRequest(startup.say) as request,
@@ -131,7 +131,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       raise Stopped(request.requested, int(state.step))
     if reporter.diverged:
       step = int(state.step)  # That of the last finite parameters.
-      if step > seen:
+      if step > seen or step == 0:
         reporter.eval(step, evaluate(program, state, config, data))
     checkpoints.wait()
     reporter.close()

@@ -14,10 +14,9 @@ from jax.experimental import multihost_utils
 
 from skipinit_jax.training.lines import write_json
 from skipinit_jax.training.metrics import Reporter, read_evals
+from skipinit_jax.training.startup import RESULT
 from skipinit_jax.training.step import TrainState
 from skipinit_jax.version import __version__
-
-RESULT = 'result.json'
 
 
 def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ from skipinit_jax.training.program import Program
 from skipinit_jax.training.step import TrainState, create_state
 from skipinit_jax.training.timetable import Timetable
 
-CONFIG = 'config.json'
+CONFIG, RESULT = 'config.json', 'result.json'
 # Device files of accelerators, and what to install for each.
 ACCELERATORS = {
   '/dev/nvidia[0-9]*': ('GPU', "pip install 'jax[cuda13]' (or 'jax[cuda12]')"),
@@ -88,17 +88,18 @@ def open_workdir(workdir: epath.Path, config: ConfigDict) -> None:
     exists = path.exists()
   except ImportError as error:  # A bucket, and no package to reach it.
     raise InputError(f'--workdir={workdir}: {error}') from None
-  if exists and not config.accept_changes:
-    changed = _changes(json.loads(path.read_text()), ours)
-    if changed:
-      raise InputError(
-        f'{workdir} holds the run of another config ({"; ".join(changed)}); '
-        'choose another --workdir, or go on with --config.accept_changes=True'
-      )
+  changed = _changes(json.loads(path.read_text()), ours) if exists else []
+  if changed and not config.accept_changes:
+    raise InputError(
+      f'{workdir} holds the run of another config ({"; ".join(changed)}); '
+      'choose another --workdir, or go on with --config.accept_changes=True'
+    )
   if jax.process_index() == 0:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
       write_json(path, ours)
+      if changed:  # What was the end may no longer be.
+        (workdir / RESULT).unlink(missing_ok=True)
     except OSError as error:
       reason = error.strerror
       raise InputError(f'can not write to {workdir}: {reason}') from None

@@ -104,10 +104,10 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update, under the mapped axis `AXIS`.
 
-  Where the loss or the gradient is not finite, nothing is updated, and unless
-  `max_skips` lets it pass the step is not counted: the state stays at its last
-  finite parameters, and every later call gives the same answer, so the caller
-  may look at it late.
+  Where the loss, the gradient or the update is not finite, nothing is updated,
+  and unless `max_skips` lets it pass the step is not counted: the state stays at
+  its last finite parameters, and every later call gives the same answer, so the
+  caller may look at it late.
 
   Args:
     state: replicated.
@@ -176,8 +176,8 @@ def train_step(
   if ema_decay is not None:
     new = {'params': params, 'batch_stats': batch_stats}
     ema = optax.incremental_update(new, ema, 1 - ema_decay)
-  grad_norm = optax.tree.norm(grads)
-  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
+  finite = jnp.isfinite(jnp.stack([loss, grad_norm, param_norm])).all()
 
   skips = ~finite & (state.skipped < max_skips)
 
@@ -208,7 +208,7 @@ def train_step(
     'top1': shown['top1'] / shown['steps'],
     'learning_rate': schedule(state.step) * state.rate_scale,
     'grad_norm': grad_norm,
-    'param_norm': optax.tree.norm(state.params),
+    'param_norm': param_norm,
     'skipped': state.skipped + skips,
     'finite': finite | skips,
     **jax.lax.psum(host, AXIS),

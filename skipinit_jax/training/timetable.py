@@ -4,6 +4,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from skipinit_jax.errors import InputError
 from skipinit_jax.training.config import epochs_to_steps
 
 
@@ -52,6 +53,11 @@ def make_timetable(config: ConfigDict, train_size: int) -> Timetable:
   def steps(epochs: float) -> int:
     return epochs_to_steps(config, epochs, train_size)
 
+  if steps(config.epochs) < 1:
+    raise InputError(
+      f'epochs={config.epochs:g} of {train_size} images are less than one step '
+      f'of batch_size={config.batch_size}'
+    )
   return Timetable(
     total=steps(config.epochs),
     log_every=config.log_every_steps,

@@ -1,0 +1,1 @@
+"""What a training step would cost on TPUs that are not here."""

@@ -1,0 +1,294 @@
+"""What a step costs on a TPU slice, from its compiler: no chip is needed."""
+
+import copy
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from skipinit_jax.ahead_of_time import hlo
+from skipinit_jax.ahead_of_time.chips import GIB, Slice
+from skipinit_jax.data.resident import Resident
+from skipinit_jax.data.sources import augmentation
+from skipinit_jax.data.stream import Stream
+from skipinit_jax.errors import InputError
+from skipinit_jax.training.config import check_config
+from skipinit_jax.training.program import make_program
+from skipinit_jax.training.startup import init_variables
+from skipinit_jax.training.step import create_state
+
+MICRO_BATCHES = (1, 2, 4, 8)
+LARGEST_BATCH = 2**14  # A chip, where the search for one ends.
+# Image side, channels, classes, images to train on.
+SIZES = {
+  'digits': (8, 1, 10, 1437),
+  'cifar10': (32, 3, 10, 50_000),
+  'cifar100': (32, 3, 100, 50_000),
+  'imagenet2012': (224, 3, 1000, 1_281_167),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+  """A data set's sizes and pure functions, without its images.
+
+  Attributes:
+    name, num_classes, image_shape, train_size, augmentation, choose: as of
+      `data.Resident` or `data.Stream`.
+    input_axis: 0 for batches that are streamed, None for arrays on the device.
+  """
+
+  name: str
+  num_classes: int
+  image_shape: tuple[int, int, int]
+  train_size: int
+  augmentation: Any
+  input_axis: int | None
+
+  def choose(self, *args) -> Any:
+    """As that of the data set."""
+    of = Resident if self.input_axis is None else Stream
+    return of.choose(self, *args)
+
+
+def stand_in(config: ConfigDict) -> StandIn:
+  """Stands in for the data set of a recipe's `data`; nothing is read.
+
+  Raises:
+    InputError: the recipe does not say how large its data set is.
+  """
+  side, channels, classes, train_size = SIZES.get(config.name, (0, 3, 0, 0))
+  side = config.get('image_size', side)
+  shape = config.get('height', side), config.get('width', side)
+  shape = (*shape, config.get('channels', channels))
+  classes = config.get('num_classes', classes)
+  train_size = config.get('train_size', 0) or train_size
+  if not classes or not train_size or not min(shape):
+    raise InputError(
+      f'data.name={config.name!r}: its sizes are not in the recipe; compile '
+      f'for one of {", ".join(SIZES)}, or for synthetic with its sizes'
+    )
+  streamed = config.name == 'imagenet2012'
+  return StandIn(
+    name=config.name,
+    num_classes=classes,
+    image_shape=shape,
+    train_size=train_size - config.validation,
+    augmentation=augmentation(config, classes, *np.full((2, shape[-1]), 127.5)),
+    input_axis=0 if streamed else None,
+  )
+
+
+def measure(
+  config: ConfigDict, where: Slice, *, evaluation: bool = True
+) -> dict[str, Any]:
+  """Compiles a recipe's training step for a slice, and counts.
+
+  Args:
+    config: a recipe; its batch_size is over all devices of the slice.
+    where: what to compile for.
+    evaluation: compile the evaluation step too.
+
+  Returns:
+    Per chip and step in SI units, unless the name says otherwise:
+    batch_per_chip, micro_batches, parameter_bytes, optimizer_bytes, the fields
+    of `cost`, images_per_second_bound (the smaller of what the chip can compute
+    and what its memory can carry), and as `evaluation` the fields of `cost` for
+    the evaluation step. Where the step does not fit, what only a compiled
+    program can tell is None.
+
+  Raises:
+    InputError: a recipe that can't be, or not on this slice.
+  """
+  config = copy.deepcopy(config)
+  if config.dtype == 'auto':
+    config.dtype = 'bfloat16'  # What 'auto' is where the step will run.
+  n = len(where.devices)
+  check_config(config, n)
+  data = stand_in(config.data)
+  program = make_program(config, data, where.devices)
+
+  def create():
+    variables = init_variables(program.model, data.image_shape, config.seed)
+    ema = config.ema_decay is not None
+    return create_state(variables, program.tx, ema=ema)
+
+  state = jax.eval_shape(create)
+  host = {name: _shape((n,), np.int32) for name in ('stop', 'replaced')}
+  if data.input_axis is None:
+    inputs = _batch((data.train_size,), data)
+  else:
+    inputs = _batch((n, config.batch_size // n), data)
+  batch = config.batch_size // where.chips
+  result = {
+    'topology': where.name,
+    'chips': where.chips,
+    'hosts': where.hosts,
+    'batch_per_chip': batch,
+    'micro_batches': config.micro_batches,
+    'parameter_bytes': where.cores * _bytes(state.params),
+    'optimizer_bytes': where.cores * _bytes(state.opt_state),
+    **cost(program.train_step, (state, inputs, host, 1), where),
+  }
+  result['images_per_second_bound'] = None
+  if result['fits']:
+    seconds = max(result['compute_seconds'], result['memory_seconds'])
+    result['images_per_second_bound'] = batch / seconds
+  if evaluation:
+    rows = -(-config.eval_batch_size // n)
+    images, labels = _batch((n, rows), data)
+    args = (state.params, state.batch_stats, images, labels)
+    mask = _shape((n, rows), np.bool_)
+    result['evaluation'] = cost(program.eval_step, (*args, mask, host), where)
+  return result
+
+
+def cost(step: Callable, args: tuple, where: Slice) -> dict[str, Any]:
+  """Compiles any pmapped step, and counts.
+
+  Args:
+    step: of `jax.pmap`, with the slice's devices.
+    args: of the step, `jax.ShapeDtypeStruct`s for arrays.
+    where: what the step is mapped over.
+
+  Returns:
+    Per chip: trace_seconds and compile_seconds (of this machine), flops and
+    hbm_bytes (see `hlo`), bytes_accessed (the compiler's own), activation_bytes
+    (its temporary memory), peak_bytes, hbm_capacity_bytes, fits,
+    over_bytes (by how much it does not fit), compute_seconds, memory_seconds
+    and collective_bytes (handed to the other chips' collectives).
+  """
+  cores, chip = where.cores, where.chip
+  start = time.perf_counter()
+  lowered = step.lower(*args)
+  traced = time.perf_counter()
+  compiled, over = _compile(lowered)
+  result = {
+    'trace_seconds': traced - start,
+    'compile_seconds': time.perf_counter() - traced,
+    'hbm_capacity_bytes': chip.capacity,
+    'fits': compiled is not None,
+    'over_bytes': cores * over,
+  }
+  if compiled is None:
+    missing = ('flops', 'bytes_accessed', 'hbm_bytes', 'activation_bytes')
+    missing += ('peak_bytes', 'compute_seconds', 'memory_seconds')
+    return result | dict.fromkeys((*missing, 'collective_bytes'))
+  memory = compiled.memory_analysis()
+  counts = hlo.count(compiled.as_text()).times(cores)
+  return result | {
+    'flops': counts.flops,
+    'bytes_accessed': cores * compiled.cost_analysis()['bytes accessed'],
+    'hbm_bytes': counts.hbm_bytes,
+    'activation_bytes': cores * memory.temp_size_in_bytes,
+    'peak_bytes': cores * memory.peak_memory_in_bytes,
+    'compute_seconds': counts.flops / chip.flops,
+    'memory_seconds': counts.hbm_bytes / chip.bandwidth,
+    'collective_bytes': counts.collective_bytes,
+  }
+
+
+def find_batch(config: ConfigDict, where: Slice) -> tuple[int, list[dict]]:
+  """The largest power of two of images a device whose step fits.
+
+  Returns:
+    That number of images over all devices, 0 if there is none; and what was
+    measured on the way.
+  """
+  n = len(where.devices)
+  config = copy.deepcopy(config)
+  share = 1 << (max(config.batch_size // n, 1).bit_length() - 1)
+  tried: dict[int, dict] = {}
+
+  def fits(share: int) -> bool:
+    config.batch_size = share * n
+    tried[share] = measure(config, where, evaluation=False)
+    return tried[share]['fits']
+
+  if fits(share):
+    while 2 * share <= LARGEST_BATCH and fits(2 * share):
+      share *= 2
+  else:
+    share //= 2
+    while share and not fits(share):
+      share //= 2
+  return share * n, list(tried.values())
+
+
+def find_micro_batches(
+  config: ConfigDict, where: Slice
+) -> list[dict[str, Any]]:
+  """`measure` at each of MICRO_BATCHES that the recipe can have.
+
+  Returns:
+    What was measured, with `cheapest` true for the least bound on the time.
+
+  Raises:
+    InputError: the recipe can't have any of them.
+  """
+  config = copy.deepcopy(config)
+  results, refused = [], None
+  for config.micro_batches in MICRO_BATCHES:
+    try:
+      results.append(measure(config, where, evaluation=False))
+    except InputError as error:
+      refused = error
+  if not results:
+    raise refused
+  best = max(results, key=lambda r: r['images_per_second_bound'] or 0)
+  return [r | {'cheapest': r is best and r['fits']} for r in results]
+
+
+def remedy(result: dict[str, Any]) -> str:
+  """One line for a step that does not fit."""
+  return (
+    f'does not fit: {result["over_bytes"] / GIB:.2f} GiB more than a chip of '
+    f'{result["topology"]} has ({result["hbm_capacity_bytes"] / GIB:.1f} GiB); '
+    f'first try --config.micro_batches={2 * result["micro_batches"]}, then '
+    '--config.model.remat=True or a smaller --config.batch_size'
+  )
+
+
+def _compile(lowered) -> tuple[Any, float]:
+  """The compiled program, or None and the bytes that a device lacks."""
+  try:
+    return lowered.compile(), 0.0
+  except jax.errors.JaxRuntimeError as error:
+    return None, _lacking(str(error))
+
+
+def _lacking(message: str) -> float:
+  """Bytes that a device lacks, from the compiler's message.
+
+  >>> _lacking('temporaries (20.25G) exceeds available HBM (15.75G).') / 2**30
+  4.5
+  """
+  found = re.search(
+    r'\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)',
+    message,
+  )
+  if found is None:
+    raise InputError(
+      f'the TPU compiler refuses this step: {message.strip().splitlines()[0]}'
+    )
+  unit = {u: 1024.0**i for i, u in enumerate(('', *'KMGT'))}
+  needed, needed_unit, there, there_unit = found.groups()
+  return float(needed) * unit[needed_unit] - float(there) * unit[there_unit]
+
+
+def _batch(rows: tuple[int, ...], data: StandIn) -> tuple:
+  images = _shape((*rows, *data.image_shape), np.uint8)
+  return images, _shape(rows, np.int32)
+
+
+def _shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _bytes(tree: Any) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

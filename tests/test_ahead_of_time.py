@@ -1,0 +1,352 @@
+"""What a step would cost elsewhere: figures, searches, bad input."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits, imagenet, synthetic
+from skipinit_jax.ahead_of_time import __main__ as command_line
+from skipinit_jax.ahead_of_time import chips, measure
+from skipinit_jax.data import open_dataset
+from skipinit_jax.errors import InputError
+from skipinit_jax.training.program import make_program
+from skipinit_jax.training.startup import init_variables
+
+ROOT = Path(__file__).resolve().parents[1]
+CHIP = chips.Chip(flops=1e12, bandwidth=1e11, capacity=2**30, topologies=())
+
+
+def here(cores=1):
+  """The test's CPU devices, as if they were a slice."""
+  devices = tuple(jax.devices())
+  if len(devices) % cores:
+    pytest.skip('needs two devices')
+  return chips.Slice('cpu:4', CHIP, len(devices) // cores, 1, devices)
+
+
+def recipe(**fields):
+  config = digits.get_config()
+  config.model.depth = 10
+  config.batch_size = 8 * jax.device_count()
+  config.eval_batch_size = 8 * jax.device_count()
+  config.update(fields)
+  return config
+
+
+@pytest.mark.parametrize('recipe', [digits, synthetic])
+def test_stand_in_has_the_sizes_of_the_data(recipe):
+  config = recipe.get_config().data
+  config.validation = 7
+  data, real = measure.stand_in(config), open_dataset(config)
+  for field in ('name', 'num_classes', 'image_shape', 'train_size'):
+    assert getattr(data, field) == getattr(real, field), field
+  assert data.input_axis is real.input_axis
+
+
+def test_stand_in_chooses_as_the_data_does():
+  config = digits.get_config().data
+  data, real = measure.stand_in(config), open_dataset(config)
+  args = ((real.images, real.labels), jax.random.key(1), 3, 32, np.arange(32))
+  for a, b in zip(data.choose(*args), real.choose(*args), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_imagenet_is_streamed_and_needs_no_file():
+  config = imagenet.get_config().data
+  data = measure.stand_in(config)
+  assert (data.image_shape, data.num_classes) == ((224, 224, 3), 1000)
+  assert (data.train_size, data.input_axis) == (config.train_size, 0)
+  assert data.choose('batch', None, 0, 8, None) == 'batch'
+  assert data.augmentation.flip == config.flip
+
+
+def test_data_whose_sizes_nobody_told_is_an_error():
+  config = imagenet.get_config().data
+  config.name = 'folder'
+  with pytest.raises(InputError, match="'folder': its sizes are not in the"):
+    measure.stand_in(config)
+
+
+@pytest.fixture(scope='module')
+def measured():
+  return measure.measure(recipe(), here())
+
+
+def test_figures_are_all_there(measured):
+  fields = """chips hosts batch_per_chip micro_batches trace_seconds
+  compile_seconds flops bytes_accessed hbm_bytes activation_bytes
+  parameter_bytes optimizer_bytes hbm_capacity_bytes fits compute_seconds
+  memory_seconds images_per_second_bound collective_bytes"""
+  assert set(fields.split()) <= set(measured)
+  assert measured['fits']
+  assert measured['batch_per_chip'] == 8
+
+
+def test_bytes_of_the_state_are_those_of_the_state(measured):
+  config = recipe()
+  program = make_program(config, open_dataset(config.data))
+  variables = init_variables(program.model, (8, 8, 1), 0)
+  params = sum(x.nbytes for x in jax.tree.leaves(variables['params']))
+  assert measured['parameter_bytes'] == params
+  # Momentum, and the count of steps that the schedule goes by.
+  assert measured['optimizer_bytes'] == params + 4
+  # Each device hands its whole gradient to the others.
+  if jax.device_count() > 1:
+    assert params <= measured['collective_bytes'] < params + 1000
+
+
+def test_bound_is_the_slower_of_computing_and_memory(measured):
+  assert measured['compute_seconds'] == measured['flops'] / CHIP.flops
+  assert measured['memory_seconds'] == measured['hbm_bytes'] / CHIP.bandwidth
+  slower = max(measured['compute_seconds'], measured['memory_seconds'])
+  assert measured['images_per_second_bound'] == 8 / slower
+
+
+def test_two_devices_a_chip_add_up(measured):
+  twice = measure.measure(recipe(), here(cores=2), evaluation=False)
+  for field in ('flops', 'hbm_bytes', 'activation_bytes', 'parameter_bytes'):
+    assert twice[field] == 2 * measured[field], field
+  assert twice['batch_per_chip'] == 16
+  assert 'evaluation' not in twice
+
+
+def test_automatic_dtype_is_that_of_the_chip(monkeypatch):
+  seen = []
+
+  def stop(config, *_):
+    seen.append(config.dtype)
+    raise InputError('seen')
+
+  monkeypatch.setattr(measure, 'make_program', stop)
+  for dtype in ('auto', 'float32'):
+    config = recipe(dtype=dtype)
+    with pytest.raises(InputError, match='seen'):
+      measure.measure(config, here())
+    assert config.dtype == dtype  # The recipe itself stays as it is.
+  assert seen == ['bfloat16', 'float32']
+
+
+def test_batch_that_does_not_divide_is_an_error():
+  if jax.device_count() == 1:
+    pytest.skip('needs several devices')
+  config = recipe()
+  config.batch_size = 8 * jax.device_count() + 1
+  with pytest.raises(InputError, match='does not divide over'):
+    measure.measure(config, here())
+
+
+OOM = (
+  'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the '
+  'total memory required for HLO temporaries (20.25G) exceeds available HBM '
+  '(15.75G). HLO module: jit__fun.\nSee elsewhere.'
+)
+
+
+class Refused:
+  """A step, lowered, that its compiler refuses."""
+
+  def __init__(self, message):
+    self.message = message
+
+  def lower(self, *_):
+    return self
+
+  def compile(self):
+    raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_a_step_that_does_not_fit_says_by_how_much():
+  result = measure.cost(Refused(OOM), (), here())
+  assert not result['fits']
+  assert result['over_bytes'] == 4.5 * 2**30
+  assert result['hbm_bytes'] is None
+  line = measure.remedy(result | {'topology': 'v5e:2x2', 'micro_batches': 2})
+  assert '4.50 GiB more' in line
+  assert '--config.micro_batches=4' in line
+
+
+def test_another_error_of_the_compiler_is_one_line():
+  with pytest.raises(InputError, match=r'refuses this step: UNIMPLEMENTED: no$'):
+    measure.cost(Refused('UNIMPLEMENTED: no\nmore'), (), here())
+
+
+def fake(limit):
+  """`measure`, where so many images a device and micro-batch fit."""
+
+  def measured(config, where, *, evaluation):
+    assert not evaluation
+    share = config.batch_size // len(where.devices)
+    if share % config.micro_batches:
+      raise InputError('does not divide')
+    return {
+      'fits': share // config.micro_batches <= limit,
+      'share': share,
+      'micro_batches': config.micro_batches,
+      # Cheapest at two micro-batches.
+      'images_per_second_bound': {1: 1, 2: 4, 4: 3, 8: 2}[config.micro_batches],
+    }
+
+  return measured
+
+
+@pytest.mark.parametrize('limit', [1, 32, 33, 500])
+@pytest.mark.parametrize('start', [1, 24, 64])
+def test_find_batch_is_the_largest_power_of_two_that_fits(
+  monkeypatch, limit, start
+):
+  monkeypatch.setattr(measure, 'measure', fake(limit))
+  config = recipe(batch_size=start * jax.device_count())
+  batch, tried = measure.find_batch(config, here())
+  share = batch // jax.device_count()
+  assert share <= limit < 2 * share
+  assert share.bit_count() == 1
+  assert len({t['share'] for t in tried}) == len(tried)
+
+
+def test_find_batch_where_nothing_fits(monkeypatch):
+  monkeypatch.setattr(measure, 'measure', fake(0))
+  assert measure.find_batch(recipe(), here())[0] == 0
+
+
+def test_find_micro_batches_marks_the_cheapest(monkeypatch):
+  monkeypatch.setattr(measure, 'measure', fake(100))
+  results = measure.find_micro_batches(recipe(), here())
+  assert [r['micro_batches'] for r in results] == [1, 2, 4, 8]
+  assert [r['cheapest'] for r in results] == [False, True, False, False]
+  config = recipe(batch_size=4 * jax.device_count())  # 8 would be too many.
+  results = measure.find_micro_batches(config, here())
+  assert [r['micro_batches'] for r in results] == [1, 2, 4]
+
+
+def test_batchnorm_over_a_device_refuses_micro_batches(monkeypatch):
+  config = recipe()
+  config.model.method = 'batchnorm'
+  config.model.statistics_group = 'device'
+  config.micro_batches = 2
+  with pytest.raises(InputError, match='would change what'):
+    measure.measure(config, here())
+
+
+def test_unknown_chip_and_topology_name_those_that_exist():
+  with pytest.raises(InputError, match=r"'v5x'; did you mean 'v5.'\? \(one of"):
+    chips.topology('v5x:2x2')
+  with pytest.raises(InputError, match=r"'v5e:3x3'.*v5e:2x2, v5e:2x4"):
+    chips.topology('v5e:3x3')
+  with pytest.raises(InputError, match="unknown topology 'v4'"):
+    chips.topology('v4')
+
+
+def test_missing_libtpu_says_how_to_install_it(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(InputError, match='pip install libtpu'):
+    chips.topology('v5e:2x2')
+
+
+def test_libtpu_held_by_another_process_is_one_line(monkeypatch):
+  def held(**_):
+    raise jax.errors.JaxRuntimeError(
+      'ABORTED: The TPU is already in use by another process probably owned by '
+      'another user. Run "$ sudo lsof -w /dev/accel0".\nmore'
+    )
+
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: True)
+  monkeypatch.setattr(chips.topologies, 'get_topology_desc', held)
+  for name in chips.ENVIRONMENT:
+    monkeypatch.setenv(name, '')
+  with pytest.raises(InputError, match='another process holds libtpu') as info:
+    chips.topology('v5e:2x2')
+  assert '\n' not in str(info.value)
+
+
+def test_table_marks_what_does_not_fit(measured):
+  rows = command_line.table(
+    [
+      measured | {'cheapest': True},
+      measured | {'fits': False, 'over_bytes': 1.5 * 2**30},
+    ]
+  ).splitlines()
+  assert rows[1].endswith('<- cheapest')
+  assert 'does not fit, by 1.50 GiB' in rows[2]
+
+
+def run(*args, timeout=300):
+  command = [sys.executable, '-m', 'skipinit_jax.ahead_of_time']
+  return subprocess.run(
+    [*command, *args],
+    cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (['--topology=v9:2x2'], "unknown chip 'v9'"),
+    (['--config.model.dept=10'], "no field 'dept'; did you mean 'depth'?"),
+    (['--json=/nowhere/file.json'], 'can not write /nowhere/file.json'),
+  ],
+)
+def test_bad_input_is_one_line(args, message):
+  done = run('--config=digits', *args)
+  assert done.returncode == 2
+  assert done.stderr.startswith('error: ')
+  assert message in done.stderr
+  assert done.stderr.count('\n') == 1
+
+
+def test_command_line_prints_and_writes_figures(tmp_path):
+  pytest.importorskip('libtpu')
+  file = tmp_path / 'figures.json'
+  done = run(
+    *('--config=digits', '--config.model.depth=10', '--topology=v5e:2x2'),
+    f'--json={file}',
+  )
+  assert done.returncode == 0, done.stderr
+  figures = json.loads(file.read_text())
+  assert (figures['chips'], figures['hosts']) == (4, 1)
+  assert figures['evaluation']['fits']
+  for name in figures:
+    assert name in done.stdout
+  # Each of the eight images: a forward pass and twice as much backward.
+  rows = digits.get_config().eval_batch_size // 4
+  each = figures['evaluation']['flops'] / rows
+  np.testing.assert_allclose(figures['flops'] / 8, 3 * each, rtol=0.05)
+
+
+def test_command_line_says_that_a_step_does_not_fit(tmp_path):
+  pytest.importorskip('libtpu')
+  file = tmp_path / 'figures.json'
+  done = run(
+    *('--config=synthetic', '--config.model.depth=10'),
+    *('--config.data.height=64', '--config.data.width=64'),
+    '--config.data.train_size=3000000',  # 37 GB on every device.
+    f'--json={file}',
+  )
+  assert done.returncode == 1, done.stderr
+  assert 'does not fit' in done.stderr
+  assert done.stderr.count('\n') == 1
+  figures = json.loads(file.read_text())
+  assert not figures['fits']
+  assert figures['over_bytes'] > 2e10
+
+
+@pytest.mark.slow
+def test_find_micro_batches_on_the_command_line(tmp_path):
+  pytest.importorskip('libtpu')
+  done = run(
+    *('--config=digits', '--config.model.depth=10', '--find-micro-batches')
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count('cheapest') == 1
+  assert len(done.stdout.splitlines()) == 5

@@ -1,0 +1,400 @@
+"""Counting traffic, FLOPs and collectives in optimized HLO."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from skipinit_jax.ahead_of_time import hlo
+
+ROOT = Path(__file__).resolve().parents[1]
+BODY = """
+%body (p: (s32[], f32[1024])) -> (s32[], f32[1024]) {
+  %p = (s32[], f32[1024]{0}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%p), index=0
+  %x = f32[1024]{0} get-tuple-element(%p), index=1
+  %one = s32[]{:S(6)} constant(1)
+  %next = s32[]{:S(6)} add(%i, %one)
+  %y = f32[1024]{0} negate(%x)
+  ROOT %t = (s32[], f32[1024]{0}) tuple(%next, %y)
+}
+
+%condition (p: (s32[], f32[1024])) -> pred[] {
+  %p = (s32[], f32[1024]{0}) parameter(0)
+  %i = s32[]{:S(6)} get-tuple-element(%p), index=0
+  %n = s32[]{:S(6)} constant(7)
+  ROOT %less = pred[]{:S(6)} compare(%i, %n), direction=LT
+}
+"""
+MAIN = """
+ENTRY %main (a: f32[1024]) -> f32[1024] {
+  %a = f32[1024]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[1024]{0}) tuple(%zero, %a)
+  %loop = (s32[], f32[1024]{0}) while(%t), condition=%condition, body=%bodyNOTE
+  ROOT %out = f32[1024]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def entry(lines, result='f32[1024]'):
+  return f'ENTRY %main () -> {result} {{\n{lines}\n}}\n'
+
+
+def hbm(lines, computations=''):
+  return hlo.count(computations + entry(lines)).hbm_bytes
+
+
+def test_operands_and_outputs_of_an_instruction_are_counted():
+  assert (
+    hbm("""
+  %a = f32[1024]{0} parameter(0)
+  %b = bf16[1024]{0:T(1024)(128)(2,1)} parameter(1)
+  ROOT %c = f32[1024]{0} add(%a, %b)""")
+    == 4096 + 2048 + 4096
+  )
+
+
+def test_buffers_in_another_memory_space_are_left_out():
+  assert (
+    hbm("""
+  %a = f32[1024]{0:T(1024)S(1)} parameter(0)
+  %b = f32[1024]{0:T(1024)S(0)} parameter(1)
+  ROOT %c = f32[1024]{0:T(1024)S(1)} add(%a, %b)""")
+    == 4096
+  )
+
+
+def test_what_only_names_memory_is_free():
+  assert not hbm("""
+  %a = f32[1024]{0} parameter(0)
+  %t = (f32[1024]{0}, f32[1024]{0}) tuple(%a, %a)
+  %g = f32[1024]{0} get-tuple-element(%t), index=1
+  %c = f32[1024]{0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %b = f32[32,32]{1,0} bitcast(%g)""")
+
+
+def test_other_custom_calls_are_counted():
+  assert (
+    hbm("""
+  %a = f32[1024]{0} parameter(0)
+  ROOT %c = f32[1024]{0} custom-call(%a), custom_call_target="TopK" """)
+    == 8192
+  )
+
+
+def test_asynchronous_copies_count_once_and_where_they_leave_the_chip():
+  assert (
+    hbm("""
+  %a = f32[1024]{0} parameter(0)
+  %s = (f32[1024]{0:S(1)}, f32[1024]{0}, u32[]{:S(2)}) copy-start(%a)
+  %d = f32[1024]{0:S(1)} copy-done(%s)
+  %u = ((f32[1024]{0}), f32[256]{0:S(1)}, s32[]{:S(2)}) slice-start(%a)
+  %v = f32[256]{0:S(1)} slice-done(%u)
+  %w = (f32[1024]{0}, f32[1024]{0}, u32[]{:S(2)}) copy-start(%a)
+  ROOT %x = f32[1024]{0} copy-done(%w)""")
+    == 4096 + 1024 + 2 * 4096
+  )
+
+
+def test_slices_count_what_they_take():
+  assert (
+    hbm("""
+  %a = f32[8,1024]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  ROOT %d = f32[1,1024]{1,0} dynamic-slice(%a, %i, %i)""")
+    == 2 * 4096
+  )
+
+
+def test_an_update_in_place_counts_the_update():
+  assert (
+    hbm("""
+  %a = f32[8,1024]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %u = f32[1,1024]{1,0} parameter(2)
+  ROOT %d = f32[8,1024]{1,0} dynamic-update-slice(%a, %u, %i, %i)""")
+    == 2 * 4096
+  )
+
+
+INNER = """
+%copies (p: f32[8,1024]) -> f32[8,1024] {
+  %p = f32[8,1024]{1,0} parameter(0)
+  ROOT %c = f32[8,1024]{0,1} copy(%p)
+}
+
+%takes (p: f32[8,1024], i: s32[]) -> f32[1024] {
+  %p = f32[8,1024]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %d = f32[1,1024]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,1024}
+  ROOT %b = f32[1024]{0} bitcast(%d)
+}
+
+%fused (into: f32[8,1024], from: f32[8,1024], i: s32[]) -> f32[8,1024] {
+  %into = f32[8,1024]{1,0} parameter(0)
+  %from = f32[8,1024]{1,0} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  %same = f32[8,1024]{0,1} fusion(%into), kind=kLoop, calls=%copies
+  %row = f32[1024]{0} fusion(%from, %i), kind=kLoop, calls=%takes
+  %twice = f32[1024]{0} add(%row, %row)
+  %update = f32[1,1024]{1,0} bitcast(%twice)
+  ROOT %d = f32[8,1024]{1,0} dynamic-update-slice(%same, %update, %i, %i)
+}
+"""
+
+
+def test_slices_and_updates_count_within_fusions_of_fusions():
+  assert (
+    hbm(
+      """
+  %a = f32[8,1024]{1,0} parameter(0)
+  %b = f32[8,1024]{1,0} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  ROOT %f = f32[8,1024]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%fused""",
+      INNER,
+    )
+    == 2 * 4096
+  )
+
+
+def test_a_fusion_reads_the_whole_of_what_it_also_uses_whole():
+  text = INNER.replace(
+    '%update = f32[1,1024]{1,0} bitcast(%twice)',
+    '%sum = f32[1,1024]{1,0} reduce(%from, %row), dimensions={0}\n'
+    '  %update = f32[1,1024]{1,0} add(%sum, %row)',
+  )
+  assert (
+    hbm(
+      """
+  %a = f32[8,1024]{1,0} parameter(0)
+  %b = f32[8,1024]{1,0} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  ROOT %f = f32[8,1024]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%fused""",
+      text,
+    )
+    == 9 * 4096
+  )
+
+
+@pytest.mark.parametrize(
+  ('note', 'runs'),
+  [
+    ('', 7),  # From the condition.
+    (', backend_config={"known_trip_count":{"n":"5"}}', 5),
+  ],
+)
+def test_a_loop_counts_as_often_as_it_runs(note, runs):
+  assert hlo.count(BODY + MAIN.replace('NOTE', note)).hbm_bytes == runs * 8192
+
+
+def test_a_conditional_counts_its_larger_branch_once():
+  branches = """
+%small (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %n = f32[8]{0} negate(%p)
+}
+
+%large (p: f32[1024]) -> f32[8] {
+  %p = f32[1024]{0} parameter(0)
+  ROOT %n = f32[8]{0} slice(%p), slice={[0:8]}
+}
+"""
+  lines = """
+  %c = pred[]{:S(6)} parameter(0)
+  %a = f32[8]{0} parameter(1)
+  %b = f32[1024]{0} parameter(2)
+  ROOT %r = f32[8]{0} conditional(%c, %a, %b), KEYS"""
+  for keys in (
+    'branch_computations={%small, %large}',
+    'true_computation=%small, false_computation=%large',
+  ):
+    assert hbm(lines.replace('KEYS', keys), branches) == 64
+
+
+@pytest.mark.parametrize(
+  'op',
+  [
+    'all-reduce(%a, %b), to_apply=%add',
+    'all-reduce-start(%a, %b), to_apply=%add',
+  ],
+)
+def test_collectives_count_what_they_are_given(op):
+  kind = '(f32[1024]{0}, bf16[1024]{0})'
+  counts = hlo.count(
+    entry(f"""
+  %a = f32[1024]{{0}} parameter(0)
+  %b = bf16[1024]{{0}} parameter(1)
+  ROOT %r = {kind} {op}""")
+  )
+  assert counts.collective_bytes == 4096 + 2048
+  assert counts.hbm_bytes == 2 * (4096 + 2048)
+
+
+def test_a_gather_that_is_started_counts_once():
+  counts = hlo.count(
+    entry("""
+  %a = f32[1024]{0} parameter(0)
+  %s = (f32[1024]{0}, f32[4096]{0}) all-gather-start(%a), dimensions={0}
+  ROOT %r = f32[4096]{0} all-gather-done(%s)""")
+  )
+  assert counts.collective_bytes == 4096
+  assert counts.hbm_bytes == 4096 + 4 * 4096
+
+
+def compiled(f, *args):
+  return jax.jit(f).lower(*args).compile().as_text()
+
+
+@pytest.mark.parametrize(
+  ('strides', 'padding', 'lhs', 'rhs', 'groups'),
+  [
+    ((1, 1), 'SAME', (1, 1), (1, 1), 1),
+    ((2, 2), 'SAME', (1, 1), (1, 1), 1),
+    ((1, 2), 'VALID', (1, 1), (1, 1), 1),
+    ((1, 1), ((2, 1), (0, 3)), (1, 1), (2, 1), 1),
+    ((1, 1), ((1, 1), (2, 2)), (2, 2), (1, 1), 1),  # A strided one's gradient.
+    ((1, 1), 'SAME', (1, 1), (1, 1), 2),
+  ],
+)
+def test_flops_of_a_convolution_are_its_products(
+  strides, padding, lhs, rhs, groups
+):
+  """A convolution of ones counts the products that no padding takes part in."""
+
+  def convolve(x, kernel):
+    return jax.lax.conv_general_dilated(
+      *(x, kernel, strides, padding),
+      lhs_dilation=lhs,
+      rhs_dilation=rhs,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      feature_group_count=groups,
+    )
+
+  x, kernel = jnp.ones((2, 9, 8, 6)), jnp.ones((3, 3, 6 // groups, 4))
+  products = convolve(x, kernel).sum()
+  assert hlo.count(compiled(convolve, x, kernel)).flops == 2 * products
+
+
+def test_flops_of_a_matrix_product_in_nested_scans():
+  def f(x, w):
+    def outer(x, _):
+      return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0], None
+
+    return jax.lax.scan(outer, x, None, length=3)[0]
+
+  text = compiled(f, jnp.ones((16, 32)), jnp.ones((5, 32, 32)))
+  assert hlo.count(text).flops == 3 * 5 * 2 * 16 * 32 * 32
+
+
+TPU = """
+import functools, json, sys
+import jax, jax.numpy as jnp
+from jax import lax
+jax.config.update('jax_platforms', 'cpu')
+from skipinit_jax.ahead_of_time import chips, hlo
+
+def scan(body, k):
+  return lambda x: lax.scan(lambda c, _: (body(c), None), x, None, length=k)[0]
+
+def step(x):
+  return jnp.sin(x) * 1.5
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+big = ((64, 1024, 1024), f32)  # Too large for the chip itself.
+stack = ((32, 1024, 1024), f32)
+convolve = functools.partial(
+  lax.conv_general_dilated, window_strides=(1, 1), padding='SAME',
+  dimension_numbers=('HWNC', 'HWIO', 'HWNC'))  # The layout that it wants.
+programs = {
+  'copy': (jnp.copy, [big]),
+  'elementwise': (step, [big]),
+  'product': (jnp.matmul, [((4096, 8192), bf16), ((8192, 2048), bf16)]),
+  'convolution': (
+    convolve, [((64, 64, 128, 128), bf16), ((3, 3, 128, 128), bf16)]),
+  'scan3': (scan(step, 3), [big]),
+  'scan7': (scan(step, 7), [big]),
+  'nested': (scan(scan(step, 5), 7), [big]),
+  'slices': (
+    lambda x: lax.scan(lambda c, x: (c, step(x)), 0, x)[1], [stack]),
+  'all_reduce': (lambda x: lax.psum(x, 'i'), [big]),
+}
+where = chips.topology('v5e:2x2')
+out = {}
+for name, (f, shapes) in programs.items():
+  mapped = jax.pmap(f, axis_name='i', devices=list(where.devices))
+  args = [jax.ShapeDtypeStruct((4, *s), d) for s, d in shapes]
+  counts = hlo.count(mapped.lower(*args).compile().as_text())
+  out[name] = [counts.hbm_bytes, counts.flops, counts.collective_bytes]
+json.dump(out, sys.stdout)
+"""
+
+
+@pytest.fixture(scope='module')
+def tpu():
+  """Counts of small programs by the TPU compiler, in a process of its own."""
+  pytest.importorskip('libtpu')
+  done = subprocess.run(
+    [sys.executable, '-c', TPU],
+    cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return {
+    name: hlo.Counts(*counts)
+    for name, counts in json.loads(done.stdout).items()
+  }
+
+
+BIG = 64 * 2**20 * 4
+
+
+@pytest.mark.parametrize('name', ['copy', 'elementwise'])
+def test_tpu_reads_and_writes_an_array_once(tpu, name):
+  assert tpu[name] == hlo.Counts(2 * BIG, 0, 0)
+
+
+def test_tpu_product(tpu):
+  bytes_ = 2 * (4096 * 8192 + 8192 * 2048 + 4096 * 2048)
+  assert tpu['product'].hbm_bytes == bytes_
+  assert tpu['product'].flops == 2 * 4096 * 8192 * 2048
+
+
+def test_tpu_convolution(tpu):
+  bytes_ = 2 * (2 * 128 * 64 * 64 * 128 + 9 * 128 * 128)
+  assert tpu['convolution'].hbm_bytes == bytes_
+  taps = (3 * 64 - 2) ** 2
+  assert tpu['convolution'].flops == 2 * 128 * taps * 128 * 128
+
+
+def test_tpu_scan_counts_its_body_k_times(tpu):
+  longer = tpu['scan7'].hbm_bytes - tpu['scan3'].hbm_bytes
+  np.testing.assert_allclose(longer, 4 * 2 * BIG, rtol=1e-6)
+  # At most one copy of the carry besides.
+  np.testing.assert_allclose(
+    tpu['scan7'].hbm_bytes, 7 * 2 * BIG, atol=2 * BIG + 1000
+  )
+
+
+def test_tpu_nested_scans_multiply(tpu):
+  np.testing.assert_allclose(
+    tpu['nested'].hbm_bytes, 35 * 2 * BIG, atol=2 * BIG + 1000
+  )
+
+
+def test_tpu_scan_over_slices_touches_each_once(tpu):
+  np.testing.assert_allclose(tpu['slices'].hbm_bytes, BIG, rtol=1e-3)
+
+
+def test_tpu_all_reduce_over_four_devices(tpu):
+  assert tpu['all_reduce'].collective_bytes == BIG
+  assert tpu['all_reduce'].hbm_bytes == 2 * BIG

@@ -1,0 +1,598 @@
+"""Batches of images: order, shares, resume, workers, broken records."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from image_sets import COLOURS, coloured, write_tfds
+from ml_collections import ConfigDict
+
+pytest.importorskip('grain')
+pytest.importorskip('cv2')
+pytest.importorskip('simplejpeg')
+pytest.importorskip('tensorflow_datasets')
+
+from skipinit_jax.data.extras import require
+from skipinit_jax.data.images import Images, open_images
+from skipinit_jax.data.records import Record, Unreadable, hold_out, open_source
+from skipinit_jax.errors import InputError
+
+SIZE = 8
+TRAIN, EVAL = 43, 26  # Neither divides by a batch.
+
+
+def config(**changes) -> ConfigDict:
+  fields = {
+    **{'name': 'toy', 'dir': '', 'train_split': 'train', 'eval_split': ''},
+    **{'train_size': 0, 'eval_size': 0, 'validation': 0, 'workers': 0},
+    **{'image_size': SIZE, 'eval_resize': 10, 'area': (0.3, 1.0)},
+    **{'aspect': (0.75, 1.33), 'flip': True, 'bad_share': 0.5},
+  }
+  return ConfigDict(fields | changes)
+
+
+def records(count, prefix):
+  return [
+    (f'{prefix}_{i}.JPEG', coloured(i * 3 % 5, i), i * 3 % 5)
+    for i in range(count)
+  ]
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('data')
+  splits = {'train': records(TRAIN, 'train'), 'test': records(EVAL, 'test')}
+  write_tfds(folder / 'toy' / '1.0.0', splits, 5)
+  return folder
+
+
+@pytest.fixture
+def toy(prepared):
+  return open_images(config(dir=str(prepared)))
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+  for split, count in (('train', 15), ('val', 7)):
+    for name, data, label in records(count, split):
+      folder = tmp_path / split / f'class{label}'
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / name).write_bytes(data)
+  return tmp_path
+
+
+class Numbered:
+  """Records in memory whose pixels say their index; some are broken."""
+
+  def __init__(self, size, broken=(), classes=5):
+    self.size, self.broken, self.classes = size, set(broken), classes
+
+  def __len__(self):
+    return self.size
+
+  def __getitem__(self, index):
+    if index in self.broken:
+      raise Unreadable(f'number{index}', 'on purpose')
+    return Record(f'number{index}', _solid(index), index % self.classes)
+
+
+@functools.cache
+def _solid(value):
+  from image_sets import encode
+
+  return encode(np.full((12, 12, 3), value, np.uint8), 'BMP')
+
+
+def numbered(size=30, broken=(), evaluation=None, **fields) -> Images:
+  return Images(
+    name='numbered',
+    num_classes=5,
+    image_size=2,
+    train=Numbered(size, broken),
+    evaluation=evaluation or Numbered(size, broken),
+    eval_resize=2,
+    **{'bad_share': 1.0} | fields,
+  )
+
+
+def take(batches, count):
+  taken = list(itertools.islice(batches, count))
+  batches.close()
+  return taken
+
+
+def numbers(batches):
+  return np.concatenate([b['image'][:, 0, 0, 0] for b in batches]).tolist()
+
+
+def assert_equal(these, those):
+  assert len(these) == len(those) > 0
+  for one, other in zip(these, those, strict=True):
+    assert one.keys() == other.keys()
+    for key in one:
+      if isinstance(one[key], np.ndarray):
+        assert one[key].dtype == other[key].dtype
+        assert one[key].tobytes() == other[key].tobytes()
+      else:
+        assert list(map(tuple, one[key])) == list(map(tuple, other[key]))
+
+
+def interleaved(shares):
+  """The global batches of which processes hold every n-th row."""
+  return [
+    {
+      key: np.stack([share[key] for share in parts], 1).reshape(
+        -1, *parts[0][key].shape[1:]
+      )
+      for key in parts[0]
+      if isinstance(parts[0][key], np.ndarray)
+    }
+    for parts in zip(*shares, strict=True)
+  ]
+
+
+def test_a_batch_has_crops_in_the_colour_of_their_class(toy):
+  for batch in take(toy.train_batches(12, seed=1), 3):
+    assert batch['image'].shape == (12, SIZE, SIZE, 3)
+    assert batch['image'].dtype == np.uint8
+    assert batch['label'].dtype == np.int32
+    centre = batch['image'][:, SIZE // 2, SIZE // 2].astype(float)
+    bright = centre * (COLOURS.max() / centre.max(1, keepdims=True))
+    nearest = np.abs(bright[:, None] - COLOURS).sum(-1).argmin(1)
+    assert np.array_equal(nearest, batch['label'])
+    assert batch['broken'] == batch['fallback'] == []
+
+
+def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
+  data = numbered(30)
+  stream = numbers(take(data.train_batches(4, seed=3), 15))
+  first, second = stream[:30], stream[30:]
+  assert sorted(first) == sorted(second) == list(range(30))
+  assert first != second
+  assert first != list(range(30))
+
+
+def test_seeds_give_unrelated_orders():
+  orders = [
+    numbers(take(numbered(30).train_batches(10, seed=s), 6)) for s in range(3)
+  ]
+  epochs = [tuple(order[i : i + 30]) for order in orders for i in (0, 30)]
+  assert len(set(epochs)) == 6
+
+
+@pytest.mark.parametrize('start', [1, 7, 12])
+def test_resuming_is_a_slice_of_the_run_that_never_stopped(toy, start):
+  whole = take(toy.train_batches(8, seed=5), start + 3)
+  resumed = take(toy.train_batches(8, seed=5, start_step=start), 3)
+  assert_equal(resumed, whole[start:])
+  assert_equal(take(toy.train_batches(8, seed=5), start + 3), whole)
+  other = take(toy.train_batches(8, seed=6), 1)
+  assert other[0]['image'].tobytes() != whole[0]['image'].tobytes()
+
+
+def test_four_processes_share_the_global_batch_of_one(toy):
+  whole = take(toy.train_batches(8, seed=5, start_step=2), 7)
+  shares = [
+    take(
+      toy.train_batches(
+        8, seed=5, start_step=2, process_index=p, process_count=4
+      ),
+      7,
+    )
+    for p in range(4)
+  ]
+  assert all(batch['image'].shape[0] == 2 for batch in shares[3])
+  for batch, parts in zip(whole, interleaved(shares), strict=True):
+    assert np.array_equal(batch['image'], parts['image'])
+    assert np.array_equal(batch['label'], parts['label'])
+
+
+def test_processes_are_disjoint_and_cover_an_epoch():
+  data = numbered(32)
+  seen = []
+  for p in range(4):
+    batches = data.train_batches(8, seed=1, process_index=p, process_count=4)
+    seen += numbers(take(batches, 4))
+  assert sorted(seen) == list(range(32))
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_workers_change_nothing(toy, workers):
+  def batches(workers):
+    return take(toy.train_batches(8, seed=5, start_step=3, workers=workers), 8)
+
+  assert_equal(batches(workers), batches(0))
+
+
+def test_workers_change_nothing_in_evaluation(toy):
+  assert_equal(list(toy.eval_batches(8, workers=1)), list(toy.eval_batches(8)))
+
+
+@pytest.mark.parametrize('processes', [1, 4])
+@pytest.mark.parametrize('size', [1, 24, 26])
+def test_evaluation_sees_every_image_once(processes, size):
+  data = numbered(3, evaluation=Numbered(size))
+  shares = [
+    list(data.eval_batches(8, process_index=p, process_count=processes))
+    for p in range(processes)
+  ]
+  assert len({len(share) for share in shares}) == 1
+  seen = []
+  for batch in itertools.chain(*shares):
+    assert len(batch['image']) == len(batch['mask']) == 8 // processes
+    kept = batch['mask']
+    seen += batch['image'][kept][:, 0, 0, 0].tolist()
+    assert np.array_equal(
+      batch['label'][kept], batch['image'][kept][:, 0, 0, 0] % 5
+    )
+  assert sorted(seen) == list(range(size))
+
+
+def test_evaluation_crops_the_middle(toy):
+  batch = next(iter(toy.eval_batches(EVAL)))
+  assert batch['label'].tolist() == [
+    label for shard in (0, 1) for _, _, label in records(EVAL, '')[shard::2]
+  ]
+  # Darker to the right, and nothing mirrored.
+  gray = batch['image'].astype(int).sum(-1)
+  assert np.all(gray[:, :, 0] > gray[:, :, -1])
+
+
+def test_flips_mirror_half_and_only_where_asked(prepared):
+  def mirrored(flip):
+    data = open_images(config(dir=str(prepared), flip=flip))
+    batches = take(data.train_batches(40, seed=2), 5)
+    gray = np.concatenate([b['image'] for b in batches]).astype(int).sum(-1)
+    return np.mean(gray[:, SIZE // 2, 0] < gray[:, SIZE // 2, -1])
+
+  assert mirrored(False) == 0
+  assert 0.35 < mirrored(True) < 0.65
+
+
+def test_a_broken_record_is_replaced_by_the_next_whole_one_and_named():
+  broken = (4, 5, 29)
+  clean = take(numbered(30).train_batches(10, seed=1), 6)
+  found = take(numbered(30, broken).train_batches(10, seed=1), 6)
+  instead = {4: 6, 5: 6, 29: 0}
+  for a, b in zip(clean, found, strict=True):
+    wanted = [instead.get(n, n) for n in a['image'][:, 0, 0, 0]]
+    assert b['image'][:, 0, 0, 0].tolist() == wanted
+    assert b['label'].tolist() == [n % 5 for n in wanted]
+    named = {f'number{n}' for n in a['image'][:, 0, 0, 0] if n in instead}
+    named |= {'number5'} if 'number4' in named else set()
+    assert {name for name, _ in b['broken']} == named
+    assert {reason for _, reason in b['broken']} <= {'on purpose'}
+
+
+def test_a_broken_image_is_counted_as_wrong_in_evaluation():
+  batches = list(numbered(30, (0, 17)).eval_batches(8))
+  labels = np.concatenate([b['label'] for b in batches])
+  mask = np.concatenate([b['mask'] for b in batches])
+  assert mask.sum() == 30
+  assert np.flatnonzero(labels < 0).tolist() == [0, 17]
+  assert mask[[0, 17]].all()
+  named = [name for b in batches for name, _ in b['broken']]
+  assert named == ['number0', 'number17']
+
+
+def test_too_many_broken_records_end_the_run_with_their_list():
+  data = numbered(40, broken=(1, 2, 3), bad_share=0.05)
+  with pytest.raises(InputError, match=r'3 of the 40 images.*number1: on'):
+    take(data.train_batches(8, seed=0), 40)
+  with pytest.raises(InputError, match=r'3 of the 40 images.*evaluation'):
+    list(data.eval_batches(8))
+  # Two are not more than a twentieth, however often they come.
+  take(numbered(40, (1, 2), bad_share=0.05).train_batches(8, seed=0), 40)
+
+
+def test_nothing_but_broken_records_is_an_error_not_a_hang():
+  data = numbered(10, broken=range(10))
+  with pytest.raises(InputError, match=r'10 images in a row.*on purpose'):
+    take(data.train_batches(5, seed=0), 1)
+
+
+def damaged(tmp_path, damage):
+  """A prepared set with one file replaced: by name of the record."""
+  splits = {'train': records(12, 'train'), 'test': records(4, 'test')}
+  name, data, label = splits['train'][6]
+  splits['train'][6] = (name, damage(data), label)
+  write_tfds(tmp_path / 'toy' / '1.0.0', splits, 5, shards=1)
+  return config(dir=str(tmp_path))
+
+
+def test_a_truncated_file_is_named_with_its_record(tmp_path):
+  data = open_images(damaged(tmp_path, lambda d: d[: len(d) // 2]))
+  (batch,) = take(data.train_batches(12, seed=0), 1)
+  ((name, reason),) = batch['broken']
+  assert name == 'train_6.JPEG (train[6])'
+  assert 'truncated' in reason.lower()
+  assert '\n' not in reason
+
+
+def test_a_fallback_is_named(tmp_path):
+  from image_sets import encode
+
+  png = encode(np.full((20, 20, 3), 9, np.uint8), 'PNG')
+  data = open_images(damaged(tmp_path, lambda _: png))
+  (batch,) = take(data.train_batches(12, seed=0), 1)
+  assert [name for name, _ in batch['fallback']] == ['train_6.JPEG (train[6])']
+  assert batch['broken'] == []
+
+
+def test_a_damaged_chunk_of_the_file_names_its_record(tmp_path):
+  from array_record.python import array_record_module
+
+  setup = damaged(tmp_path, lambda data: data)
+  (path,) = (tmp_path / 'toy' / '1.0.0').glob('*train.array_record*')
+  content = bytearray(path.read_bytes())
+  content[5000] ^= 0x55
+  path.write_bytes(content)
+  reader = array_record_module.ArrayRecordReader(str(path))
+  unreadable = []
+  for i in range(12):
+    try:
+      reader.read([i])
+    except (RuntimeError, ValueError):
+      unreadable.append(f'train[{i}]')
+  assert len(unreadable) == 1
+  (batch,) = take(open_images(setup).train_batches(12, seed=0), 1)
+  ((name, reason),) = batch['broken']
+  assert [name] == unreadable
+  assert reason
+  assert '\n' not in reason
+
+
+def test_validation_images_are_held_out_of_training_and_its_neighbours():
+  train, held = hold_out(Numbered(30), 8, 'numbered')
+  held_numbers = {held[i].name for i in range(8)}
+  assert len(train) == 22
+  assert {train[i].name for i in range(22)} | held_numbers == {
+    f'number{i}' for i in range(30)
+  }
+  again = hold_out(Numbered(30), 8, 'numbered')[1]
+  assert {again[i].name for i in range(8)} == held_numbers
+  # All but two of the rest are broken: what comes instead is never held out.
+  rest = [train.indices[i] for i in range(22)]
+  train.records.broken = set(rest[:10] + rest[12:])
+  data = numbered(evaluation=held)
+  data = dataclasses.replace(data, train=train)
+  shown = numbers(take(data.train_batches(11, seed=0), 4))
+  assert set(shown) == set(rest[10:12])
+
+
+def test_a_recipe_can_hold_out_training_images(prepared):
+  data = open_images(config(dir=str(prepared), validation=10))
+  assert (data.train_size, data.eval_size) == (TRAIN - 10, 10)
+  masks = [batch['mask'].sum() for batch in data.eval_batches(4)]
+  assert sum(masks) == 10
+
+
+def test_class_folders_are_numbered_by_name(class_folders):
+  data = open_images(config(name='folder', dir=str(class_folders)))
+  assert (data.num_classes, data.train_size, data.eval_size) == (5, 15, 7)
+  source = open_source('folder', class_folders)
+  assert list(source.classes) == [f'class{i}' for i in range(5)]
+  train = source.open('train')
+  for i in range(15):
+    name, content, label = train[i]
+    assert name.startswith(f'class{label}/train_')
+    assert content == (class_folders / 'train' / name).read_bytes()
+  assert len({train[i].name for i in range(15)}) == 15
+  batches = take(data.train_batches(5, seed=0), 3)
+  assert sorted(np.concatenate([b['label'] for b in batches])) == sorted(
+    label for _, _, label in records(15, '')
+  )
+
+
+def test_names_that_are_not_ascii_are_read(class_folders):
+  folder = class_folders / 'train' / 'class0'
+  (folder / 'größe\u6f22.JPEG').write_bytes(coloured(0, 1))
+  (folder / 'notes.txt').write_text('no image')
+  train = open_source('folder', class_folders).open('train')
+  assert len(train) == 16
+  assert 'class0/größe\u6f22.JPEG' in {train[i].name for i in range(16)}
+
+
+def bad_sets(tmp_path, prepared):
+  """Name -> (changes to the recipe, what the error must say)."""
+  here = str(prepared)
+  return {
+    'bucket': ({'dir': 'gs://bucket/data'}, 'is a bucket.*mount it'),
+    'empty': ({'dir': ''}, 'data.dir is empty'),
+    'absent': (
+      {'dir': str(tmp_path), 'name': 'imagenet2012'},
+      'no imagenet2012 in .* run: python -m skipinit_jax.data prepare '
+      'imagenet2012 --data-dir .* --manual-dir',
+    ),
+    'other set': (
+      {'dir': here, 'name': 'cifar10'},
+      r'prepare cifar10 --data-dir \S+ \(needs: pip install',
+    ),
+    'split': (
+      {'dir': here, 'train_split': 'trian'},
+      "unknown split 'trian'; did you mean 'train'",
+    ),
+    'eval split': ({'dir': here, 'eval_split': 'val'}, "unknown split 'val'"),
+    'size': (
+      {'dir': here, 'train_size': 1_281_167},
+      'train has 43 images, not 1281167',
+    ),
+    'held': ({'dir': here, 'validation': 43}, 'validation=43 must be'),
+    'area': ({'dir': here, 'area': (0.5, 0.2)}, 'data.area='),
+    'area 0': ({'dir': here, 'area': (0.0, 1.0)}, 'data.area='),
+    'aspect': ({'dir': here, 'aspect': (0.0, 1.0)}, 'data.aspect='),
+    'resize': ({'dir': here, 'eval_resize': 7}, 'data.eval_resize=7'),
+    'workers': ({'dir': here, 'workers': -1}, 'data.workers=-1'),
+    'share': ({'dir': here, 'bad_share': 1.5}, 'data.bad_share=1.5'),
+    'no folder': (
+      {'dir': str(tmp_path / 'no'), 'name': 'folder'},
+      'no folder .*no',
+    ),
+    'no classes': (
+      {'dir': str(tmp_path), 'name': 'folder'},
+      'wanted: train/CLASS',
+    ),
+  }
+
+
+@pytest.mark.parametrize('name', bad_sets(Path(), Path()))
+def test_what_cannot_be_used_is_one_line(tmp_path, prepared, name):
+  changes, message = bad_sets(tmp_path, prepared)[name]
+  with pytest.raises(InputError, match=message) as caught:
+    open_images(config(**changes))
+  assert '\n' not in str(caught.value)
+
+
+def test_splits_with_other_classes_are_refused(class_folders):
+  (class_folders / 'val' / 'class9').mkdir()
+  with pytest.raises(InputError, match=r'6 classes, not the 5.*class9'):
+    open_images(config(name='folder', dir=str(class_folders)))
+  (class_folders / 'val' / 'class9').rmdir()
+  (class_folders / 'train' / 'class9').mkdir()
+  with pytest.raises(InputError, match=r'no images in .*class9'):
+    open_images(config(name='folder', dir=str(class_folders)))
+
+
+def test_a_label_out_of_range_is_an_error_at_the_start(tmp_path):
+  splits = {'train': records(12, 'train'), 'test': records(4, 'test')}
+  name, data, _ = splits['train'][7]
+  splits['train'][7] = (name, data, 5)
+  write_tfds(tmp_path / 'toy' / '1.0.0', splits, 5)
+  with pytest.raises(InputError, match=r'label 5 of train_7.*the 5 classes'):
+    open_images(config(dir=str(tmp_path)))
+
+
+def test_a_label_out_of_range_ends_training_where_the_start_missed_it():
+  data = numbered(30)
+  data = dataclasses.replace(data, num_classes=4)
+  with pytest.raises(InputError, match=r'label 4 of number.*the 4 classes'):
+    take(data.train_batches(10, seed=0), 3)
+
+
+@pytest.mark.parametrize('harm', ['missing', 'cut', 'other'])
+def test_files_that_are_not_whole_are_an_error_at_the_start(tmp_path, harm):
+  damaged(tmp_path, lambda data: data)
+  folder = tmp_path / 'toy' / '1.0.0'
+  (train,) = folder.glob('*train.array_record*')
+  (test,) = folder.glob('*test.array_record*')
+  if harm == 'missing':
+    train.unlink()
+  elif harm == 'cut':
+    train.write_bytes(train.read_bytes()[:-70000])
+  else:
+    train.write_bytes(test.read_bytes())
+  expected = {'missing': 'missing', 'cut': 'damaged', 'other': 'has 4 records'}
+  with pytest.raises(InputError, match=expected[harm]) as caught:
+    open_images(config(dir=str(tmp_path)))
+  assert '\n' not in str(caught.value)
+
+
+def test_tfrecords_are_refused_with_the_command_that_converts(tmp_path):
+  damaged(tmp_path, lambda data: data)
+  info = tmp_path / 'toy' / '1.0.0' / 'dataset_info.json'
+  fields = json.loads(info.read_text())
+  info.write_text(json.dumps(fields | {'fileFormat': 'tfrecord'}))
+  with pytest.raises(
+    InputError, match=r'skipinit_jax.data convert .*toy/1.0.0'
+  ):
+    open_images(config(dir=str(tmp_path)))
+
+
+def test_the_newest_version_is_taken(tmp_path):
+  for version, count in (('9.0.0', 12), ('10.0.0', 14)):
+    splits = {'train': records(count, 'train'), 'test': records(4, 'test')}
+    write_tfds(tmp_path / 'toy' / version, splits, 5)
+  assert open_images(config(dir=str(tmp_path))).train_size == 14
+  old = config(dir=str(tmp_path / 'toy' / '9.0.0'))
+  assert open_images(old).train_size == 12
+
+
+def test_a_batch_that_does_not_divide_over_processes_is_refused(toy):
+  with pytest.raises(InputError, match=r'batch_size=10 .* 4 processes'):
+    next(toy.train_batches(10, seed=0, process_count=4))
+
+
+def run(code, **environment):
+  return subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(code)],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path), **environment},
+  )
+
+
+def test_reading_needs_no_tensorflow(prepared):
+  done = run(f"""
+    import sys
+
+    class Hide:
+      def __init__(self, finder):
+        self.finder = finder
+
+      def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+      def find_spec(self, name, *args):
+        hidden = name.split('.')[0] == 'tensorflow'
+        return None if hidden else self.finder.find_spec(name, *args)
+
+    sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
+    from test_images import config, take
+    from skipinit_jax.data.images import open_images
+
+    data = open_images(config(dir={str(prepared)!r}))
+    print(len(take(data.train_batches(8, seed=0), 6)))
+    print(sum(batch['mask'].sum() for batch in data.eval_batches(8)))
+    print('tensorflow' in sys.modules)
+    import tensorflow
+  """)
+  assert done.stdout.split() == ['6', str(EVAL), 'False'], done.stderr
+  assert "No module named 'tensorflow'" in done.stderr  # It was hidden.
+
+
+class Watching(Numbered):
+  """Its reason tells what the process that reads it holds."""
+
+  def __getitem__(self, index):
+    from jax._src import xla_bridge
+
+    raise Unreadable(
+      str(os.getpid()),
+      f'backends {xla_bridge.backends_are_initialized()}',
+    )
+
+
+def test_workers_start_no_backend_of_jax():
+  data = numbered(2, evaluation=Watching(4))
+  (batch,) = data.eval_batches(4, workers=1)
+  (found,) = set(map(tuple, batch['broken']))
+  assert found[0] != str(os.getpid())
+  assert found[1] == 'backends False'
+
+
+@pytest.mark.parametrize('module', ['grain', 'simplejpeg', 'cv2', 'PIL.Image'])
+def test_a_missing_package_is_named_with_its_command(monkeypatch, module):
+  require.cache_clear()
+  monkeypatch.setitem(sys.modules, module, None)
+  with pytest.raises(InputError, match=r'skipinit-jax\[train\]') as caught:
+    open_images(config())
+  assert str(caught.value).startswith(f'{module} is not installed')
+
+
+def test_the_package_imports_without_the_readers():
+  done = run("""
+    import sys
+    for name in ('grain', 'tensorflow_datasets', 'cv2', 'simplejpeg', 'PIL'):
+      sys.modules[name] = None
+    import skipinit_jax.data.images
+  """)
+  assert done.returncode == 0, done.stderr
