@@ -173,7 +173,9 @@ def test_a_step_that_does_not_fit_says_by_how_much():
 
 
 def test_another_error_of_the_compiler_is_one_line():
-  with pytest.raises(InputError, match=r'refuses this step: UNIMPLEMENTED: no$'):
+  with pytest.raises(
+    InputError, match=r'refuses this step: UNIMPLEMENTED: no$'
+  ):
     measure.cost(Refused('UNIMPLEMENTED: no\nmore'), (), here())
 
 

@@ -105,9 +105,9 @@ def train_step(
   """One update, under the mapped axis `AXIS`.
 
   Where the loss, the gradient or the update is not finite, nothing is updated,
-  and unless `max_skips` lets it pass the step is not counted: the state stays at
-  its last finite parameters, and every later call gives the same answer, so the
-  caller may look at it late.
+  and unless `max_skips` lets it pass the step is not counted: the state stays
+  at its last finite parameters, and every later call gives the same answer, so
+  the caller may look at it late.
 
   Args:
     state: replicated.
