@@ -125,13 +125,11 @@ def assert_equal(these, those):
         assert list(map(tuple, one[key])) == list(map(tuple, other[key]))
 
 
-def interleaved(shares):
-  """The global batches of which processes hold every n-th row."""
+def joined(shares):
+  """The global batches of which each process holds a part."""
   return [
     {
-      key: np.stack([share[key] for share in parts], 1).reshape(
-        -1, *parts[0][key].shape[1:]
-      )
+      key: np.concatenate([share[key] for share in parts])
       for key in parts[0]
       if isinstance(parts[0][key], np.ndarray)
     }
@@ -190,7 +188,7 @@ def test_four_processes_share_the_global_batch_of_one(toy):
     for p in range(4)
   ]
   assert all(batch['image'].shape[0] == 2 for batch in shares[3])
-  for batch, parts in zip(whole, interleaved(shares), strict=True):
+  for batch, parts in zip(whole, joined(shares), strict=True):
     assert np.array_equal(batch['image'], parts['image'])
     assert np.array_equal(batch['label'], parts['label'])
 

@@ -85,8 +85,8 @@ class Images:
 
     The batch of a step is a function of (seed, step): it depends neither on the
     number of workers nor on where the run began. Each epoch shows every image
-    once, and the epochs follow one another without a gap. Rows `process_index`,
-    `process_index + process_count`, ... of the global batch are this process's.
+    once, and the epochs follow one another without a gap. The rows of the first
+    process come first in the global batch, and so on.
 
     A broken record is replaced by the next one that is whole, whose label it
     gets; more than `bad_share` of them raise InputError. Close the iterator to
@@ -111,8 +111,12 @@ class Images:
       .seed(seed)
       .shuffle()
       .repeat(None)
-      .random_map(_Draw())[process_index::process_count]
-      .batch(rows, drop_remainder=True, batch_fn=list)[start_step:]
+      .random_map(_Draw())
+      # Cut into shares before they are chosen: a process has rows that follow
+      # one another, as devices have, so that examples keep their numbers.
+      .batch(rows, drop_remainder=True, batch_fn=list)
+      .slice(slice(process_index, None, process_count))
+      .slice(slice(start_step, None))
       .map(_TrainLoader(self))
     )
     batches = _iterate(dataset, self.workers if workers is None else workers)
@@ -143,8 +147,9 @@ class Images:
     padded = -(-self.eval_size // batch_size) * batch_size
     dataset = (
       require('grain')
-      .MapDataset.range(padded)[process_index::process_count]
+      .MapDataset.range(padded)
       .batch(rows, drop_remainder=True, batch_fn=list)
+      .slice(slice(process_index, None, process_count))
       .map(_EvalLoader(self))
     )
     batches = _iterate(dataset, self.workers if workers is None else workers)
