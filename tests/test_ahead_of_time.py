@@ -1,5 +1,6 @@
 """What a step would cost elsewhere: figures, searches, bad input."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -16,8 +17,7 @@ from skipinit_jax.ahead_of_time import __main__ as command_line
 from skipinit_jax.ahead_of_time import chips, measure
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
-from skipinit_jax.training.program import make_program
-from skipinit_jax.training.startup import init_variables
+from skipinit_jax.models import WideResNet
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIP = chips.Chip(flops=1e12, bandwidth=1e11, capacity=2**30, topologies=())
@@ -90,10 +90,11 @@ def test_figures_are_all_there(measured):
 
 
 def test_bytes_of_the_state_are_those_of_the_state(measured):
-  config = recipe()
-  program = make_program(config, open_dataset(config.data))
-  variables = init_variables(program.model, (8, 8, 1), 0)
-  params = sum(x.nbytes for x in jax.tree.leaves(variables['params']))
+  model = WideResNet(10, 1, biases=True)
+  images = jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32)
+  init = functools.partial(model.init, train=False)
+  variables = jax.eval_shape(init, jax.random.key(0), images)
+  params = 4 * sum(x.size for x in jax.tree.leaves(variables['params']))
   assert measured['parameter_bytes'] == params
   # Momentum, and the count of steps that the schedule goes by.
   assert measured['optimizer_bytes'] == params + 4
@@ -109,12 +110,20 @@ def test_bound_is_the_slower_of_computing_and_memory(measured):
   assert measured['images_per_second_bound'] == 8 / slower
 
 
-def test_two_devices_a_chip_add_up(measured):
-  twice = measure.measure(recipe(), here(cores=2), evaluation=False)
-  for field in ('flops', 'hbm_bytes', 'activation_bytes', 'parameter_bytes'):
-    assert twice[field] == 2 * measured[field], field
-  assert twice['batch_per_chip'] == 16
-  assert 'evaluation' not in twice
+def test_two_devices_a_chip_add_up():
+  def step(x):
+    return jax.lax.psum(x @ x, 'i')
+
+  once, twice = here(), here(cores=2)
+  mapped = jax.pmap(step, 'i', devices=once.devices)
+  x = jax.ShapeDtypeStruct((len(once.devices), 64, 64), np.float32)
+  a, b = (measure.cost(mapped, (x,), where) for where in (once, twice))
+  assert a['flops'] == 2 * 64**3
+  for field in (
+    *('flops', 'hbm_bytes', 'bytes_accessed', 'collective_bytes'),
+    *('activation_bytes', 'compute_seconds', 'memory_seconds'),
+  ):
+    assert b[field] == 2 * a[field], field
 
 
 def test_automatic_dtype_is_that_of_the_chip(monkeypatch):
