@@ -38,7 +38,11 @@ def start(workdir, *flags, devices=1, **environment):
 
 def finish(process, timeout=300):
   """Waits; returns (exit status, standard output, standard error)."""
-  out, err = process.communicate(timeout=timeout)
+  try:
+    out, err = process.communicate(timeout=timeout)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    raise
   return process.returncode, out, err
 
 

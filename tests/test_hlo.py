@@ -164,6 +164,30 @@ def test_slices_and_updates_count_within_fusions_of_fusions():
   )
 
 
+OUTER = """
+%outer (into: f32[8,1024], from: f32[8,1024], i: s32[]) -> f32[8,1024] {
+  %into = f32[8,1024]{1,0} parameter(0)
+  %from = f32[8,1024]{1,0} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  ROOT %f = f32[8,1024]{1,0} fusion(%into, %from, %i), calls=%fused
+}
+"""
+
+
+def test_an_update_by_a_fusion_in_a_fusion_counts_the_update():
+  assert (
+    hbm(
+      """
+  %a = f32[8,1024]{1,0} parameter(0)
+  %b = f32[8,1024]{1,0} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  ROOT %f = f32[8,1024]{1,0} fusion(%a, %b, %i), calls=%outer""",
+      INNER + OUTER,
+    )
+    == 2 * 4096
+  )
+
+
 def test_a_fusion_reads_the_whole_of_what_it_also_uses_whole():
   text = INNER.replace(
     '%update = f32[1,1024]{1,0} bitcast(%twice)',
@@ -203,7 +227,7 @@ def test_a_conditional_counts_its_larger_branch_once():
 
 %large (p: f32[1024]) -> f32[8] {
   %p = f32[1024]{0} parameter(0)
-  ROOT %n = f32[8]{0} slice(%p), slice={[0:8]}
+  ROOT %n = f32[8]{0} reduce(%p, %p), dimensions={0}
 }
 """
   lines = """
@@ -215,7 +239,7 @@ def test_a_conditional_counts_its_larger_branch_once():
     'branch_computations={%small, %large}',
     'true_computation=%small, false_computation=%large',
   ):
-    assert hbm(lines.replace('KEYS', keys), branches) == 64
+    assert hbm(lines.replace('KEYS', keys), branches) == 2 * 4096 + 32
 
 
 @pytest.mark.parametrize(

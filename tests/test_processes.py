@@ -96,7 +96,7 @@ def test_a_killed_process_ends_the_others(tmp_path):
   two = start_two(tmp_path / 'run', *ENDLESS)
   wait_for(lambda: len(metric_lines(tmp_path / 'run')) > 2, two[0])
   two[1].send_signal(signal.SIGKILL)
-  status, _, err = finish(two[0], timeout=60)
+  status, _, err = finish(two[0])
   finish(two[1])
   assert status == LOST, err
   assert 'a process was lost' in err
@@ -108,7 +108,7 @@ def test_a_stuck_process_ends_the_others_and_is_named(tmp_path):
   wait_for(lambda: len(metric_lines(tmp_path / 'run')) > 2, two[0])
   two[1].send_signal(signal.SIGSTOP)
   try:
-    status, _, err = finish(two[0], timeout=60)
+    status, _, err = finish(two[0])
   finally:
     two[1].send_signal(signal.SIGKILL)
     finish(two[1])

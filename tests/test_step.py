@@ -404,7 +404,7 @@ def test_metrics_name_rate_and_norms():
   config, _, states, metrics = short_run()
   for i, values in enumerate(metrics):
     assert values['learning_rate'] == pytest.approx(0.05)
-    leaves = jax.tree.leaves(states[i].params)
+    leaves = jax.tree.leaves(states[i + 1].params)
     norm = np.sqrt(sum((np.float64(p) ** 2).sum() for p in leaves))
     assert values['param_norm'] == pytest.approx(norm, rel=1e-5)
     assert values['finite']

@@ -31,8 +31,8 @@ def param_labels(params: Any, *, other: str | None = None) -> Any:
   Raises:
     InputError: an unknown leaf and no `other`; names the leaf.
 
-  >>> param_labels({'block1': {'conv2': {'kernel': 0, 'alpha': 0}}})
-  {'block1': {'conv2': {'kernel': 'kernel', 'alpha': 'alpha'}}}
+  >>> param_labels({'block1': {'conv2': {'alpha': 0, 'kernel': 0}}})
+  {'block1': {'conv2': {'alpha': 'alpha', 'kernel': 'kernel'}}}
   """
   if other not in (None, 'decay', 'no_decay'):
     raise InputError(f"other={other!r}: expected 'decay' or 'no_decay'")
