@@ -117,14 +117,36 @@ def test_signal_saves_and_the_run_goes_on(number, whole, tmp_path):
   assert_same_run(workdir, whole)
 
 
-def test_signal_before_the_first_step_leaves_at_once(tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_before_the_first_step_leaves_at_once(number, tmp_path):
   process = start(tmp_path / 'run', *TINY, '--config.compilation_cache=')
   wait_for((tmp_path / 'run' / 'config.json').exists, process)
   time.sleep(0.3)
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(number)
   status, _, err = finish(process, timeout=20)
-  assert status == 128 + signal.SIGTERM
+  assert status == 128 + number
   assert 'nothing to save' in err
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_during_an_evaluation_puts_it_off(number, tmp_path):
+  flags = (
+    *TINY,
+    '--config.epochs=1',
+    '--config.data.eval_size=8000',
+    '--config.eval_batch_size=8',
+  )
+  process = start(tmp_path / 'cut', *flags)
+  wait_for(lambda: metric_lines(tmp_path / 'cut'), process)
+  time.sleep(0.5)  # Step 4 takes less, its evaluation takes longer.
+  process.send_signal(number)
+  status, _, err = finish(process)
+  assert status == 128 + number, err
+  assert 'after step 4' in err
+  assert not any('eval' in line for line in metric_lines(tmp_path / 'cut'))
+  run(tmp_path / 'cut', *flags)
+  run(tmp_path / 'whole', *flags)
+  assert_same_run(tmp_path / 'cut', tmp_path / 'whole')
 
 
 def test_second_signal_stops_at_once(tmp_path):
