@@ -281,6 +281,10 @@ def _iterate(dataset, workers: int) -> Iterator[dict[str, Any]]:
   threads = 1 if workers else min(8, os.cpu_count())
   dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, threads))
   if workers:
+    # Shared memory that Grain holds at exit is freed then: no warning of it.
+    os.environ.setdefault(
+      'PYTHONWARNINGS', 'ignore::UserWarning:multiprocessing.resource_tracker'
+    )
     flags = require('absl.flags').FLAGS
     if not flags.is_parsed():  # Grain reads its own; a library parses none.
       flags.mark_as_parsed()
