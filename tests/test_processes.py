@@ -98,8 +98,9 @@ def test_a_killed_process_ends_the_others(tmp_path):
   two[1].send_signal(signal.SIGKILL)
   status, _, err = finish(two[0])
   finish(two[1])
-  assert status == LOST, err
-  assert 'a process was lost' in err
+  # The collective notices, or else JAX's heartbeat, which aborts.
+  assert status in (LOST, -signal.SIGABRT), err
+  assert 'a process was lost' in err or 'another task died' in err
 
 
 def test_a_stuck_process_ends_the_others_and_is_named(tmp_path):

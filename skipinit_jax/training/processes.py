@@ -5,7 +5,9 @@ from jax.experimental import multihost_utils
 
 from skipinit_jax.errors import InputError
 
-LOST = 76  # Exit status: another process was lost.
+# Exit status: another process was lost, and a collective failed of it. Where the
+# collective hangs instead, JAX's heartbeat aborts this process: status 134.
+LOST = 76
 
 
 def initialize(
