@@ -36,6 +36,7 @@ def start_two(workdir, *flags):
       *flags,
       f'--coordinator=localhost:{port}',
       '--num_processes=2',
+      '--heartbeat_seconds=15',
       f'--process_id={i}',
       devices=2,
     )

@@ -5,8 +5,8 @@ from jax.experimental import multihost_utils
 
 from skipinit_jax.errors import InputError
 
-# Exit status: another process was lost, and a collective failed of it. Where the
-# collective hangs instead, JAX's heartbeat aborts this process: status 134.
+# Exit status: another process was lost, and a collective failed of it. Where
+# the collective hangs instead, JAX's heartbeat aborts this process: status 134.
 LOST = 76
 
 
