@@ -256,7 +256,7 @@ def test_digest_is_of_names_types_shapes_and_bytes():
 
 
 FULL_DISK = """
-import resource, signal, sys
+import os, resource, signal, sys
 sys.path.insert(0, {tests!r})
 from test_checkpoints import Checkpoints, RunError, make_state, recipe
 from absl import logging
@@ -268,7 +268,8 @@ try:
   checkpoints.save(30, make_state(30))
   checkpoints.wait()
 except RunError as error:
-  print(error)
+  print(error, flush=True)
+os._exit(0)  # Threads of Orbax still wait for the rest of the save.
 """
 
 

@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import resource
 import signal
 import time
 
@@ -17,6 +19,8 @@ from runs import (
   start,
   wait_for,
 )
+
+from skipinit_jax.training.__main__ import FAILED
 
 
 @pytest.fixture(scope='module')
@@ -81,6 +85,22 @@ def test_killed_in_the_middle_of_a_save(whole, tmp_path):
     raise
   process.send_signal(signal.SIGKILL)
   finish(process)
+  run(workdir, *TINY)
+  assert_same_run(workdir, whole)
+
+
+def test_full_disk_ends_in_one_line_and_the_run_goes_on(whole, tmp_path):
+  workdir = tmp_path / 'run'
+  process = start(workdir, *TINY)
+  wait_for((workdir / 'checkpoints' / '5').exists, process)
+  limit = 10_000  # Bytes of one file: metrics still fit, arrays do not.
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+  status, _, err = finish(process, timeout=90)  # Orbax's threads wait 600 s.
+  assert status == FAILED
+  lines = [line for line in err.splitlines() if line.startswith('error:')]
+  assert len(lines) == 1
+  assert re.search(r'could not be written \(whole ones: .*5', lines[0])
+  assert 'Traceback' not in err
   run(workdir, *TINY)
   assert_same_run(workdir, whole)
 

@@ -169,15 +169,25 @@ def _new_workdir() -> Path:
 
 def _exit(message: str, status: int = BAD_INPUT) -> None:
   line = f'error: {message}' if status < 128 else message
-  if processes.several():
-    leave(line, status)  # JAX's own exit handlers wait for the others.
+  # JAX's exit handlers wait for the other processes, and threads of Orbax
+  # wait ten minutes for the rest of a save that failed.
+  if processes.several() or status == FAILED:
+    leave(line, status)
   print(line, file=sys.stderr)
   sys.exit(status)
 
 
+def _unraisable(error: 'sys.UnraisableHookArgs') -> None:
+  """Passes over arrays still written when Orbax has given up a save."""
+  if str(error.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(error)
+
+
 def run() -> None:
   """Entry point of `train.py` and of `python -m skipinit_jax.training`."""
-  logging.set_verbosity(logging.ERROR)  # Orbax and JAX say a lot.
+  # Orbax logs a traceback in each of its threads before it raises the error.
+  logging.set_verbosity(logging.FATAL)
+  sys.unraisablehook = _unraisable
   try:  # ml_collections looks for overrides in sys.argv itself.
     sys.argv[1:] = _with_recipe_path(sys.argv[1:])
   except InputError as error:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ class Checkpoints:
   ):
     self._folder = epath.Path(workdir) / FOLDER
     self._config, self._say = config, say
+    self._saving = None
     self._open()
 
   def __enter__(self):
@@ -97,8 +99,10 @@ class Checkpoints:
     """
     if step in self.steps():
       return
+    self.wait()  # Orbax would too, and blame this step for the one before.
+    self._saving = step
     tree = jax.tree.map(np.asarray, serialization.to_state_dict(state))
-    with _reasons(self._not_written(step)):
+    with _reasons(self._not_written()):
       saved = self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -171,16 +175,18 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Waits until all is written; raises RunError if that went wrong."""
-    with _reasons(self._not_written(None)):
+    with _reasons(self._not_written()):
       self._manager.wait_until_finished()
 
-  def _not_written(self, step: int | None) -> str:
+  def _not_written(self) -> str:
     steps = sorted(
       int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()
     )
     good = ', '.join(map(str, steps)) or 'none'
-    which = 'a checkpoint' if step is None else f'the checkpoint of step {step}'
-    return f'{which} could not be written (whole ones: {good})'
+    return (
+      f'the checkpoint of step {self._saving} could not be written '
+      f'(whole ones: {good})'
+    )
 
   def _set_aside(self, step: int) -> None:
     self._manager.close()
@@ -252,6 +258,9 @@ def _shapes(convert: Callable, tree: Any) -> Any:
 def _first_line(error: BaseException) -> str:
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
+  # TensorStore: a line of paths, then: No space left on device [os_error_...
+  if of_system := re.search(r"([^:]+) \[os_error_code='", str(error)):
+    return of_system[1].strip()
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   text = lines[0] if lines else type(error).__name__
   return text if len(text) < 200 else f'{text[:200]}...'
