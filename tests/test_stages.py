@@ -16,14 +16,15 @@ from skipinit_jax.models import (
   stack_blocks,
   unstack_blocks,
 )
+from skipinit_jax.models.stages import group_size
 
 SHAPE = (3, 8, 8, 2)
 
 
-def network(**fields):
+def network(blocks=3, **fields):
   """Stages of three blocks and of one."""
   return ResNet(
-    (3, 1),
+    (blocks, 1),
     num_classes=5,
     features=4,
     stem_features=4,
@@ -118,6 +119,46 @@ def test_scanned_and_recomputed_equals_plain(method):
   assert_equal(unstack_blocks(got), expected)
 
 
+@pytest.mark.parametrize('method', ['skipinit', 'batchnorm'])
+def test_blocks_recomputed_by_groups_equal_plain(method):
+  model = network(blocks=7, method=method)  # Six scanned: 3 groups of 2.
+  variables = randomize(model)
+  expected = evaluate(model, variables)
+  model = model.clone(scan=True, remat=True)
+  got = evaluate(model, stack_blocks(variables))
+  assert_equal(unstack_blocks(got), expected)
+
+
+def test_group_size_divides_and_is_near_the_square_root():
+  assert [group_size(n) for n in (1, 2, 7, 12, 165, 1665)] == [
+    1,
+    1,
+    1,
+    3,
+    11,
+    37,
+  ]
+
+
+def test_a_scanned_network_can_be_differentiated_forward():
+  model = network(scan=True)
+  variables = randomize(model)
+
+  def loss(params):
+    logits = model.apply({**variables, 'params': params}, images(), train=True)
+    return (logits**2).sum()
+
+  params = variables['params']
+  rng = np.random.default_rng(3)
+  v = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
+  v = jax.tree.map(lambda v, x: v.astype(x.dtype), v, params)
+  grads, curved = jax.jvp(jax.grad(loss), (params,), (v,))
+  forward = jax.jvp(loss, (params,), (v,))[1]
+  np.testing.assert_allclose(forward, optax.tree.vdot(grads, v), rtol=1e-4)
+  twice = jax.grad(lambda p: optax.tree.vdot(jax.grad(loss)(p), v))(params)
+  assert_equal(curved, twice)
+
+
 def test_scanned_dropout_equals_unrolled():
   model, variables, without = plain('skipinit')
   model = model.clone(dropout=0.5)
@@ -147,7 +188,7 @@ def test_scanned_blocks_start_apart():
 
 
 def activations(model):
-  """Shapes of the images that the backward pass keeps."""
+  """Shapes and dtypes of the images that the backward pass keeps."""
   variables = shapes_of(model)
 
   def backward(params):
@@ -157,7 +198,8 @@ def activations(model):
     return jax.vjp(forward, params)[1]
 
   kept = jax.tree.leaves(jax.eval_shape(backward, variables['params']))
-  return [a.shape for a in kept if a.shape[-4:-1] in ((3, 8, 8), (3, 4, 4))]
+  kept = [a for a in kept if a.shape[-4:-1] in ((3, 8, 8), (3, 4, 4))]
+  return [(a.shape, a.dtype.name) for a in kept]
 
 
 def test_remat_keeps_fewer_activations():
@@ -165,11 +207,15 @@ def test_remat_keeps_fewer_activations():
   # The images, the input of every block, and the final ReLU: no branch.
   assert len(remat) <= 1 + 4 + 2
   assert len(plain) >= 3 * 4
-  scanned = activations(network(scan=True))
-  recomputed = activations(network(scan=True, remat=True))
-  inside = [s for s in recomputed if len(s) == 5]
-  assert inside == [(2, *SHAPE[:3], 4)]
-  assert len([s for s in scanned if len(s) == 5]) >= 3
+
+
+def test_scanned_blocks_keep_what_their_convolutions_read():
+  kept = activations(network(blocks=7, scan=True))
+  inside = [(shape, dtype) for shape, dtype in kept if len(shape) == 5]
+  assert inside == 2 * [((6, *SHAPE[:3], 4), 'float32')]
+  kept = activations(network(blocks=7, scan=True, remat=True))
+  inside = [(shape, dtype) for shape, dtype in kept if len(shape) == 5]
+  assert inside == [((3, *SHAPE[:3], 4), 'float32')]
 
 
 def test_a_scanned_program_does_not_grow_with_depth():

@@ -114,7 +114,7 @@ class ResidualBlock(nn.Module):
     for i, (features, size) in enumerate(
       zip(self.features, self.kernel_sizes, strict=True), start=1
     ):
-      x = nn.relu(layers.norm(f'norm{i}')(x, train=train))
+      x = relu(layers.norm(f'norm{i}')(x, train=train))
       if i == 1 and _changes_shape(skip, self.features[-1], self.strides):
         skip = layers.conv(
           self.features[-1], (1, 1), self.strides, name='projection'
@@ -152,7 +152,7 @@ class FixupBlock(nn.Module):
       zip(self.features, self.kernel_sizes, strict=True), start=1
     ):
       if i > 1:
-        x = nn.relu(layers.norm(f'norm{i - 1}')(x, train=train))
+        x = relu(layers.norm(f'norm{i - 1}')(x, train=train))
       x = layers.scalar_bias(f'bias{i}a')(x)
       if i == 1 and _changes_shape(skip, out, self.strides):
         if self.pooled_shortcut:
@@ -163,7 +163,7 @@ class FixupBlock(nn.Module):
       x = conv(features, (size, size), strides[i - 1], name=f'conv{i}')(x)
       x = layers.scalar_bias(f'bias{i}b')(x)
     x = layers.norm(f'norm{depth}')(x, train=train)
-    return nn.relu(layers.join()(skip, x))
+    return relu(layers.join()(skip, x))
 
 
 class ScalarBias(nn.Module):
@@ -178,6 +178,21 @@ class ScalarBias(nn.Module):
       'scalar_bias', nn.initializers.zeros, (), self.param_dtype
     )
     return x + bias.astype(x.dtype)
+
+
+@jax.custom_jvp
+def relu(x: jax.Array) -> jax.Array:
+  """max(x, 0), whose derivative is read from its output, not from its input.
+
+  The next convolution keeps that output anyway; see `stages.keep`.
+  """
+  return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals, tangents):
+  y = relu(*primals)
+  return y, jnp.where(y > 0, *tangents, jnp.zeros_like(y))
 
 
 def _no_norm(name: str) -> Callable:

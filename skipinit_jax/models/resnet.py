@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from skipinit_jax.errors import InputError
-from skipinit_jax.models.blocks import FixupBlock, ResidualBlock, make_layers
+from skipinit_jax.models.blocks import (
+  FixupBlock,
+  ResidualBlock,
+  make_layers,
+  relu,
+)
 from skipinit_jax.models.methods import (
   Initializer,
   Method,
@@ -126,7 +131,7 @@ class ResNet(nn.Module):
       self.stem_features, (size, size), strides, use_bias=False, name='stem'
     )(images)
     if method.fixup_block:
-      x = nn.relu(layers.scalar_bias('bias1')(x))
+      x = relu(layers.scalar_bias('bias1')(x))
     if not self.small_images:
       x = nn.max_pool(x, (3, 3), (2, 2), 'SAME')
 
@@ -145,7 +150,7 @@ class ResNet(nn.Module):
       )(x, train=train)
 
     if not method.fixup_block:
-      x = nn.relu(layers.norm('norm')(x, train=train))
+      x = relu(layers.norm('norm')(x, train=train))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
     if method.fixup_block:
       x = layers.scalar_bias('bias2')(x)

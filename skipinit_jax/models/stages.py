@@ -6,6 +6,8 @@ along a new first axis. `stack_blocks` and `unstack_blocks` turn the one tree
 into the other without loss.
 """
 
+import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 STACKED = 'blocks'
+# Along which a scan stacks the leaves of its blocks.
+AXES = {'params': 0, 'batch_stats': 0, 'intermediates': 0}
 
 
 class Stage(nn.Module):
@@ -27,8 +31,8 @@ class Stage(nn.Module):
     strides: of the first block.
     scan: run the equal blocks as one scanned block: compile time and program
       size no longer grow with the depth.
-    remat: keep only the inputs of blocks for the backward pass, and compute
-      each block again.
+    remat: keep only the inputs of blocks (scanned: of groups of blocks, see
+      `group_size`) for the backward pass, and compute them again.
   """
 
   block: Callable[..., nn.Module]
@@ -45,20 +49,64 @@ class Stage(nn.Module):
       return block(x, train=train)
 
     scanned = self.scan and self.size > 1
-    if self.remat:
-      run = nn.remat(run, prevent_cse=not scanned)
-    x = run(self.block(strides=self.strides, name='block1'), x)
+    again = functools.partial(nn.remat, prevent_cse=not scanned)
+    each = again(run) if self.remat else run
+    x = each(self.block(strides=self.strides, name='block1'), x)
     if not scanned:
       for i in range(2, self.size + 1):
-        x = run(self.block(strides=1, name=f'block{i}'), x)
+        x = each(self.block(strides=1, name=f'block{i}'), x)
       return x
-    scan = nn.scan(
-      lambda block, x, _: (run(block, x), None),
-      variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0},
-      split_rngs={'params': True},
-      length=self.size - 1,
+
+    blocks, length = self.block(strides=1, name=STACKED), self.size - 1
+    run = again(run, policy=keep)
+    if not self.remat or self.is_initializing():
+      return _repeat(run, length)(blocks, x)
+    size = group_size(length)
+    groups = _repeat(again(_repeat(run, size)), length // size)
+    cut = nn.map_variables(
+      groups,
+      list(AXES),
+      lambda tree: jax.tree.map(
+        lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), tree
+      ),
+      lambda tree: jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree
+      ),
+      mutable=True,
     )
-    return scan(self.block(strides=1, name=STACKED), x, None)[0]
+    return cut(blocks, x)
+
+
+def _repeat(run: Callable, length: int) -> Callable:
+  """Scans run(block, x) over so many blocks, x going from one to the next."""
+  scan = nn.scan(
+    lambda block, x, _: (run(block, x), None),
+    variable_axes=AXES,
+    split_rngs={'params': True},
+    length=length,
+  )
+  return lambda block, x: scan(block, x, None)[0]
+
+
+def group_size(length: int) -> int:
+  """Blocks recomputed together: the largest divisor up to the square root.
+
+  The backward pass then keeps length / size inputs of groups and what one
+  group needs, instead of `length` inputs, for the same one recomputation.
+
+  >>> group_size(1665)
+  37
+  """
+  return max(k for k in range(1, math.isqrt(length) + 1) if length % k == 0)
+
+
+def keep(primitive: jax.extend.core.Primitive, *_, **__) -> bool:
+  """What a scanned block keeps for its backward pass: all but comparisons.
+
+  ReLU's mask is made again from its output. A scan keeps whatever its body
+  hands on, the masks too: a third of the memory.
+  """
+  return primitive is not jax.lax.gt_p
 
 
 def unstack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
