@@ -126,20 +126,13 @@ def test_two_devices_a_chip_add_up():
     assert b[field] == 2 * a[field], field
 
 
-def test_automatic_dtype_is_that_of_the_chip(monkeypatch):
-  seen = []
-
-  def stop(config, *_):
-    seen.append(config.dtype)
-    raise InputError('seen')
-
-  monkeypatch.setattr(measure, 'make_program', stop)
-  for dtype in ('auto', 'float32'):
-    config = recipe(dtype=dtype)
-    with pytest.raises(InputError, match='seen'):
-      measure.measure(config, here())
-    assert config.dtype == dtype  # The recipe itself stays as it is.
-  assert seen == ['bfloat16', 'float32']
+def test_automatic_dtype_and_scan_are_those_of_the_chip():
+  pytest.importorskip('libtpu')
+  config = recipe()
+  config.model.depth = 148
+  data, where = measure.stand_in(config.data), chips.topology('v5e:2x2')
+  model = measure.make_program(config, data, where.devices).model
+  assert (model.dtype, model.scan) == ('bfloat16', True)
 
 
 def test_batch_that_does_not_divide_is_an_error():
@@ -176,7 +169,9 @@ def test_a_step_that_does_not_fit_says_by_how_much():
   assert not result['fits']
   assert result['over_bytes'] == 4.5 * 2**30
   assert result['hbm_bytes'] is None
-  line = measure.remedy(result | {'topology': 'v5e:2x2', 'micro_batches': 2})
+  line = measure.remedy(
+    result | {'topology': 'v5e:2x2'}, recipe(micro_batches=2)
+  )
   assert '4.50 GiB more' in line
   assert '--config.micro_batches=4' in line
 

@@ -195,3 +195,47 @@ def test_a_process_that_nobody_started_with_others_is_told(tmp_path):
   assert (status, out) == (2, '')
   assert err.startswith('error: the processes could not find each other')
   assert len(err.splitlines()) == 1
+
+
+EXHAUSTED = """
+import jax
+import skipinit_jax.training.__main__ as command
+
+def train(config, workdir):
+  raise jax.errors.JaxRuntimeError(
+    'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9GiB.\\nmore'
+  )
+
+command.train = train
+command.run()
+"""
+
+
+def test_a_step_that_does_not_fit_is_one_line_with_a_remedy(tmp_path):
+  done = subprocess.run(
+    [
+      *(sys.executable, '-c', EXHAUSTED, f'--workdir={tmp_path}/run'),
+      *('--config=synthetic', '--config.micro_batches=2'),
+    ],
+    cwd=tmp_path,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 1, done.stderr
+  assert done.stderr == (
+    'error: the step does not fit in memory (RESOURCE_EXHAUSTED: Out of memory '
+    'while trying to allocate 9GiB.); first try --config.micro_batches=4, then '
+    '--config.model.remat=True, then a smaller --config.batch_size\n'
+  )
+
+
+def test_loops_on_a_cpu_are_pointed_out(small, tmp_path):
+  assert 'inside a loop' not in small[1][2]
+  status, _, err = finish(
+    start(tmp_path / 'run', *TINY, '--config.model.scan=True')
+  )
+  assert status == 0, err
+  assert 'note: model.scan: on a CPU a convolution inside a loop' in err

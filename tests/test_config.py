@@ -15,6 +15,8 @@ from skipinit_jax.training.config import (
   check_config,
   default_config,
   epochs_to_steps,
+  less_memory,
+  loops,
   peak_rate,
 )
 
@@ -261,6 +263,40 @@ def test_statistics_group_is_a_number_or_a_name(group):
   config = recipe(model__statistics_group=group)
   message = refused(check_config, config, 4)
   assert f'model.statistics_group={group!r}' in message
+
+
+def test_dtype_and_scan_are_those_of_the_platform_unless_given():
+  deep, shallow = recipe(model__depth=148), recipe(model__depth=16)
+  for platform, dtype in (
+    ('cpu', 'float32'),
+    ('gpu', 'bfloat16'),
+    ('tpu', 'bfloat16'),
+  ):
+    model = build_model(deep, 10, platform)
+    assert (model.dtype, model.scan) == (dtype, platform != 'cpu')
+    assert not build_model(shallow, 10, platform).scan
+  given = recipe(model__depth=148, model__scan=False, dtype='float32')
+  model = build_model(given, 10, 'tpu')
+  assert (model.dtype, model.scan) == ('float32', False)
+  assert build_model(recipe(model__scan=True), 10, 'cpu').scan
+
+
+def test_fields_that_loop_are_named():
+  assert loops(default_config()) == []
+  config = recipe(model__scan=True, micro_batches=2, steps_per_call=3)
+  assert loops(config) == ['micro_batches', 'steps_per_call', 'model.scan']
+
+
+def test_remedies_leave_out_what_is_done_or_can_not_be():
+  remat, batch = '--config.model.remat=True', 'a smaller --config.batch_size'
+  ours = recipe(micro_batches=4)
+  assert less_memory(ours) == (
+    f'first try --config.micro_batches=8, then {remat}, then {batch}'
+  )
+  theirs = recipe(model__method='batchnorm', model__statistics_group='device')
+  assert less_memory(theirs) == f'first try {remat}, then {batch}'
+  theirs.model.remat = True
+  assert less_memory(theirs) == f'first try {batch}'
 
 
 def test_averaging_over_all_devices_is_by_the_mapped_axis():

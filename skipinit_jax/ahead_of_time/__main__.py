@@ -60,7 +60,8 @@ def main(argv: list[str]) -> None:
   if output:
     write_json(output, figures)
   if not any(result['fits'] for result in results):
-    training._exit(remedy(results[-1]), training.FAILED)
+    config.micro_batches = results[-1]['micro_batches']
+    training._exit(remedy(results[-1], config), training.FAILED)
 
 
 def lines(result: dict[str, Any], indent: str = '') -> str:

@@ -17,7 +17,7 @@ from skipinit_jax.data.resident import Resident
 from skipinit_jax.data.sources import augmentation
 from skipinit_jax.data.stream import Stream
 from skipinit_jax.errors import InputError
-from skipinit_jax.training.config import check_config
+from skipinit_jax.training.config import check_config, less_memory
 from skipinit_jax.training.program import make_program
 from skipinit_jax.training.startup import init_variables
 from skipinit_jax.training.step import create_state
@@ -105,9 +105,6 @@ def measure(
   Raises:
     InputError: a recipe that can't be, or not on this slice.
   """
-  config = copy.deepcopy(config)
-  if config.dtype == 'auto':
-    config.dtype = 'bfloat16'  # What 'auto' is where the step will run.
   n = len(where.devices)
   check_config(config, n)
   data = stand_in(config.data)
@@ -244,13 +241,12 @@ def find_micro_batches(
   return [r | {'cheapest': r is best and r['fits']} for r in results]
 
 
-def remedy(result: dict[str, Any]) -> str:
+def remedy(result: dict[str, Any], config: ConfigDict) -> str:
   """One line for a step that does not fit."""
   return (
     f'does not fit: {result["over_bytes"] / GIB:.2f} GiB more than a chip of '
     f'{result["topology"]} has ({result["hbm_capacity_bytes"] / GIB:.1f} GiB); '
-    f'first try --config.micro_batches={2 * result["micro_batches"]}, then '
-    '--config.model.remat=True or a smaller --config.batch_size'
+    f'{less_memory(config)}'
   )
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import processes
-from skipinit_jax.training.config import recipe_path
+from skipinit_jax.training.config import less_memory, recipe_path
 from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.loop import evaluate_latest, train
 from skipinit_jax.training.signals import Stopped, leave
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
   del argv
   config = _CONFIG.value
   set_deterministic(config)
-  with _one_line_each():
+  with _one_line_each(config):
     processes.initialize(
       _DISTRIBUTED.value,
       _COORDINATOR.value,
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _one_line_each() -> Iterator[None]:
+def _one_line_each(config: ConfigDict) -> Iterator[None]:
   """What a run may end in, but for our own bugs, as one line and a status."""
   try:
     yield
@@ -124,10 +124,16 @@ def _one_line_each() -> Iterator[None]:
       error.status,
     )
   except jax.errors.JaxRuntimeError as error:
+    first = str(error).splitlines()[0]
+    if first.startswith('RESOURCE_EXHAUSTED'):
+      _exit(
+        f'the step does not fit in memory ({first}); {less_memory(config)}',
+        FAILED,
+      )
     if jax.process_count() == 1:
       raise
     # Most often another process was lost.
-    _exit(f'a process was lost: {str(error).splitlines()[0]}', processes.LOST)
+    _exit(f'a process was lost: {first}', processes.LOST)
 
 
 def summary(result: dict, workdir: str) -> str:

@@ -18,6 +18,7 @@ SCHEDULES = ('constant', 'halving', 'step', 'cosine')
 DTYPES = ('auto', 'float32', 'bfloat16')
 ON_DIVERGENCE = ('stop', 'skip', 'back')
 CLASSIFIER_INITS = ('he', 'zero')
+SCAN_FROM = 16  # Blocks in a stage; see docs/growth.json.
 
 
 def default_config() -> ConfigDict:
@@ -48,7 +49,11 @@ def default_config() -> ConfigDict:
   config.model.classifier_init = placeholder(str)
   # batchnorm's: a number of images, 'device' or 'all'.
   config.model.statistics_group = '64'
-  config.model.scan = False
+  # Equal blocks of a stage as one scanned block. Unset: where a stage has
+  # SCAN_FROM blocks or more, but on CPUs never, where loops are slow.
+  config.model.scan = placeholder(bool)
+  # Keep inputs of blocks only, and compute the rest again: less memory, a third
+  # more computation.
   config.model.remat = False
 
   config.data = ConfigDict()
@@ -237,14 +242,26 @@ def _check_group(config: ConfigDict, share: int) -> None:
     )
 
 
-def build_model(config: ConfigDict, num_classes: int) -> ResNet:
-  """The network of a recipe; raises InputError for one that can't be."""
+def build_model(
+  config: ConfigDict, num_classes: int, platform: str | None = None
+) -> ResNet:
+  """The network of a recipe.
+
+  Args:
+    config: a recipe.
+    num_classes: of its data.
+    platform: where it will run: 'cpu', 'gpu' or 'tpu'; None: where JAX does.
+
+  Raises:
+    InputError: a network that can't be.
+  """
+  platform = platform or jax.default_backend()
   model = config.model
   group = model.statistics_group
   inits = {None: None, 'he': he_normal(), 'zero': nn.initializers.zeros}
   dtype = config.dtype
   if dtype == 'auto':
-    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    dtype = 'float32' if platform == 'cpu' else 'bfloat16'
   resolve_method(model.method, model.alpha).alpha_value(1)
   fields = {
     'num_classes': num_classes,
@@ -253,7 +270,7 @@ def build_model(config: ConfigDict, num_classes: int) -> ResNet:
     'biases': model.biases,
     'dropout': model.dropout,
     'classifier_init': inits[model.classifier_init],
-    'scan': model.scan,
+    'scan': bool(model.scan),
     'remat': model.remat,
     'statistics_group': int(group) if group.isdecimal() else None,
     'axis_name': 'batch' if group == 'all' else None,
@@ -261,7 +278,15 @@ def build_model(config: ConfigDict, num_classes: int) -> ResNet:
   }
   if model.name == 'wide_resnet':
     width = 1 if model.width is None else model.width
-    return WideResNet(model.depth, width, **fields)
+    network = WideResNet(model.depth, width, **fields)
+  else:
+    network = _resnet(model, fields)
+  if model.scan is None and platform != 'cpu':
+    network = network.clone(scan=max(network.stage_sizes) >= SCAN_FROM)
+  return network
+
+
+def _resnet(model: ConfigDict, fields: dict) -> ResNet:
   if model.width is not None:
     raise InputError(
       f'model.width={model.width} is for a wide_resnet, not for a resnet'
@@ -272,6 +297,28 @@ def build_model(config: ConfigDict, num_classes: int) -> ResNet:
       f'model.depth={model.depth} of a resnet: expected {depths}'
     )
   return RESNETS[model.depth](**fields)
+
+
+def loops(config: ConfigDict) -> list[str]:
+  """The fields that make a recipe's step compute its convolutions in a loop."""
+  named = {
+    'micro_batches': config.micro_batches > 1,
+    'steps_per_call': config.steps_per_call > 1,
+    'model.scan': config.model.scan,
+  }
+  return [field for field, loop in named.items() if loop]
+
+
+def less_memory(config: ConfigDict) -> str:
+  """What to try, in this order, where a recipe's step does not fit."""
+  remedies = []
+  group = config.model.statistics_group
+  if not build_method(config).normalize or group.isdecimal():
+    remedies.append(f'--config.micro_batches={2 * config.micro_batches}')
+  if not config.model.remat:
+    remedies.append('--config.model.remat=True')
+  remedies.append('a smaller --config.batch_size')
+  return f'first try {", then ".join(remedies)}'
 
 
 def build_method(config: ConfigDict) -> Method:

@@ -56,7 +56,8 @@ def make_program(
       f'steps_per_call={config.steps_per_call} is for data sets that fit on a '
       f'device; {data.name} comes in batches, one step a call'
     )
-  model = build_model(config, data.num_classes)
+  platform = devices[0].platform if devices else None
+  model = build_model(config, data.num_classes, platform)
   schedule = make_schedule(config, data.train_size)
   tx = make_optimizer(config, build_method(config), schedule)
   train_step = functools.partial(

@@ -87,7 +87,8 @@ class StopRequest:
 def leave(line: str, status: int) -> None:
   """Ends the process now, without exit handlers, which may wait for others."""
   sys.stdout.flush()
-  print(f'\n{line}', file=sys.stderr, flush=True)
+  above = '\n' if sys.stderr.isatty() else ''  # Leaves the progress line.
+  print(above + line, file=sys.stderr, flush=True)
   os._exit(status)
 
 

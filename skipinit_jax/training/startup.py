@@ -21,7 +21,7 @@ from skipinit_jax.models.parameters import count_parameters
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import unstack_blocks
 from skipinit_jax.training.checkpoints import Checkpoints
-from skipinit_jax.training.config import build_method, peak_rate
+from skipinit_jax.training.config import build_method, loops, peak_rate
 from skipinit_jax.training.devices import replicate, shard, tell
 from skipinit_jax.training.evaluate import eval_batch_size
 from skipinit_jax.training.lines import dumps, write_json
@@ -252,6 +252,11 @@ def describe(
     f'training: {times.total:,} steps of {config.batch_size} images, peak rate '
     f'{peak_rate(config):.4g}' + (f', from step {start:,}' if start else ''),
   ]
+  if devices[0].platform == 'cpu' and (fields := loops(config)):
+    lines.append(
+      f'note: {", ".join(fields)}: on a CPU a convolution inside a loop is 10 '
+      'to 40 times slower (jax issue 12868)'
+    )
   if method.normalize:
     lines.append(f'batch statistics over: {_group(config)}')
   elif config.batch_size >= LARGE_BATCH:

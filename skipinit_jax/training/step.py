@@ -1,5 +1,6 @@
 """The training and evaluation steps: pure functions of one device's share."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -157,15 +158,9 @@ def train_step(
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   batch = (images, labels, examples)
-  if micro_batches > 1:
-    grad_fn = optax.microbatch(
-      grad_fn,
-      argnums=(1, 2, 3),
-      microbatch_size=share // micro_batches,
-      accumulator=optax.microbatching.AccumulationType.MEAN,
-    )
-    batch = jax.tree.map(lambda x: _interleave(x, micro_batches), batch)
-  (loss, (top1, batch_stats)), grads = grad_fn(state.params, *batch)
+  (loss, (top1, batch_stats)), grads = accumulate(
+    functools.partial(grad_fn, state.params), batch, micro_batches
+  )
   loss, top1, batch_stats, grads = jax.lax.pmean(
     (loss, top1, batch_stats, grads), AXIS
   )
@@ -216,13 +211,34 @@ def train_step(
   return select(finite, updated, select(skips, passed_over, state)), metrics
 
 
-def _interleave(x: jax.Array, parts: int) -> jax.Array:
-  """Deals rows out so that `optax.microbatch` takes consecutive ones.
+def accumulate(grad_fn: Callable, batch: Any, parts: int) -> Any:
+  """The mean of grad_fn(*part) over consecutive parts of a batch, in a loop.
 
-  It gives every `parts`-th row to a micro-batch; Dropout and mixing want the
-  examples of one to follow one another.
+  Args:
+    grad_fn: of leaves (n / parts, ...); what it returns is summed as it is, so
+      that float32 gradients are summed in float32.
+    batch: leaves (n, ...). Each part is cut out of them where it is used: a
+      scan over stacked parts would copy the stack (TPU, ResNet-50, 4 parts: 6 %
+      more memory traffic; as much with `optax.microbatch`).
+    parts: 1 for no loop.
   """
-  return x.reshape(parts, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+  if parts == 1:
+    return grad_fn(*batch)
+
+  def part(i):
+    def cut(x):
+      size = x.shape[0] // parts
+      return jax.lax.dynamic_slice_in_dim(x, i * size, size)
+
+    return grad_fn(*jax.tree.map(cut, batch))
+
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, 0)
+  )
+  total = jax.lax.fori_loop(
+    0, parts, lambda i, total: jax.tree.map(jnp.add, total, part(i)), zeros
+  )
+  return jax.tree.map(lambda x: x / parts, total)
 
 
 def select(condition: jax.Array, new: Any, old: Any) -> Any:

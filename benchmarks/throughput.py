@@ -1,0 +1,315 @@
+"""Images a second and memory of the training step, network by network.
+
+  python -m benchmarks.throughput --out=docs/throughput
+
+On whatever is here: a GPU, a TPU, or the CPU (where small batches stand in).
+Every measurement is a process of its own, so that each has the whole device; in
+each round all networks take their turn. A first round fills the compilation
+cache and is thrown away. Steps are the real, pmapped ones, on images that lie
+on the device. The host's share is the time that a call takes to return while
+the device has nothing else to do. Writes OUT.md (medians, the least and the
+most) and OUT.json (every round). PyTorch takes part where torch is installed.
+
+Peak memory is the device allocator's; on a CPU, the resident memory of the
+whole process.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+from ml_collections import ConfigDict
+
+from benchmarks import peers
+from benchmarks.input_pipeline import machine
+from skipinit_jax.ahead_of_time.measure import stand_in
+from skipinit_jax.training.config import check_config
+from skipinit_jax.training.devices import (
+  map_over_devices,
+  replicate,
+  shard,
+  tell,
+)
+from skipinit_jax.training.program import make_program
+from skipinit_jax.training.result import versions
+from skipinit_jax.training.startup import init_variables
+from skipinit_jax.training.step import create_state
+
+DATA = {'resnet50': 'imagenet2012', 'wrn16-4': 'cifar10'}
+CASES = {
+  'cpu': ['resnet50:8', 'wrn16-4:32'],
+  'gpu': [
+    *('resnet50:128', 'resnet50:256', 'resnet50:512'),
+    *('wrn16-4:128', 'wrn16-4:1024'),
+  ],
+  'tpu': ['resnet50:128', 'resnet50:512', 'wrn16-4:1024'],
+}
+# What each case is compared with.
+BASES = {'resnet50': 'example', 'wrn16-4': 'batchnorm'}
+
+
+def networks(case: str, platform: str) -> list[str]:
+  """The contenders of a case.
+
+  On a CPU a convolution inside a loop is many times slower, so that there are
+  no micro-batches and single steps; several steps a call are for data that lies
+  on the device.
+  """
+  names = list(peers.NETWORKS)
+  if importlib.util.find_spec('torch') is None or platform == 'tpu':
+    names.remove('torch')
+  if case.startswith('resnet50'):
+    names = [n for n in names if not n.startswith('calls')]
+  else:
+    names = [n for n in names if n not in ('example', 'torch')]
+  if platform == 'cpu':
+    names = [n for n in names if not n.startswith(('micro', 'calls'))]
+  return names
+
+
+def our_step(config: ConfigDict, network: str = '') -> Callable[[], Any]:
+  """A function that starts a step of a recipe and returns its metrics."""
+  check_config(config, jax.device_count())
+  data = stand_in(config.data)
+  with peers.as_network(network):
+    program = make_program(config, data)
+
+    def create():
+      variables = init_variables(program.model, data.image_shape, config.seed)
+      return create_state(variables, program.tx)
+
+    state = [replicate(jax.jit(create)())]
+    resident = data.input_axis is None
+    rows = data.train_size if resident else config.batch_size
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (rows, *data.image_shape), dtype=np.uint8)
+    place = replicate if resident else shard
+    batch = place((images, np.zeros(rows, np.int32)))
+
+    def step():
+      count = config.steps_per_call
+      state[0], metrics = program.train_step(state[0], batch, tell(), count)
+      return metrics
+
+    jax.block_until_ready(step())  # Traced here, as the network says.
+  return step
+
+
+def example_step(batch_size: int) -> Callable[[], Any]:
+  """A function that starts a step of Flax's example."""
+  dtype = jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16
+  model = peers.ExampleResNet50(dtype)
+  tx = optax.sgd(0.1, 0.9, nesterov=True)
+  create = functools.partial(peers.example_state, model, tx)
+  state = [replicate(jax.jit(create)())]
+  images = np.random.default_rng(0).normal(size=(batch_size, *peers.IMAGE))
+  batch = shard((images.astype(dtype), np.zeros(batch_size, np.int32)))
+  mapped = map_over_devices(
+    functools.partial(peers.example_step, model=model, tx=tx),
+    (None, 0, 0),
+    donate_argnums=0,
+  )
+
+  def step():
+    state[0], top1 = mapped(state[0], *batch)
+    return top1
+
+  return step
+
+
+def time_here(network: str, case: str, seconds: float) -> dict[str, float]:
+  """Images a second, peak memory and host time of one network, here."""
+  model, batch_size = case.split(':')
+  images, wait = int(batch_size), jax.block_until_ready
+  if network == 'torch':
+    from benchmarks import torch_resnet
+
+    step = torch_resnet.make_step(images, peers.IMAGE[0], peers.CLASSES)
+    wait = torch_resnet.wait
+  elif network == 'example':
+    step = example_step(images)
+  else:
+    config = peers.recipe(network, DATA[model], images)
+    step = our_step(config, network)
+    images *= config.steps_per_call
+
+  def run(calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+      out = step()
+    wait(out)
+    return time.perf_counter() - start
+
+  run(2)
+  calls = max(2, round(seconds / run(1)))
+  elapsed = run(calls)
+  start = time.perf_counter()
+  out = step()  # Returns when the device has been told what to do.
+  host = time.perf_counter() - start
+  wait(out)
+  return {
+    'images_per_second': images * calls / elapsed,
+    'step_seconds': elapsed * int(batch_size) / (images * calls),
+    'host_seconds': host * int(batch_size) / images,
+    'peak_bytes': peak_bytes(network),
+  }
+
+
+def peak_bytes(network: str) -> int:
+  if network == 'torch':
+    from benchmarks import torch_resnet
+
+    if torch_resnet.CUDA:
+      return torch_resnet.peak_bytes()
+  elif stats := jax.local_devices()[0].memory_stats():
+    return stats['peak_bytes_in_use']
+  status = Path('/proc/self/status').read_text()
+  line = next(x for x in status.splitlines() if x.startswith('VmHWM'))
+  return 1024 * int(line.split()[1])
+
+
+def measure(
+  network: str, case: str, seconds: float, cache: str
+) -> dict[str, Any]:
+  """`time_here` in a process of its own; `error` where it did not fit."""
+  command = [
+    *(sys.executable, '-m', 'benchmarks.throughput'),
+    *('--serve', network, case, '--seconds', str(seconds)),
+  ]
+  env = os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': cache,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'TORCHINDUCTOR_CACHE_DIR': f'{cache}/torch',
+  }
+  done = subprocess.run(
+    command, env=env, capture_output=True, text=True, check=False
+  )
+  for line in done.stdout.splitlines():
+    if line.startswith('figures '):
+      return json.loads(line.removeprefix('figures '))
+  lines = [x for x in done.stderr.splitlines() if x.strip()] or ['no output']
+  memory = [x for x in lines if 'memory' in x or 'EXHAUSTED' in x]
+  return {'error': (memory or lines)[-1].strip()[:300]}
+
+
+def run(
+  cases: list[str], platform: str, rounds: int, seconds: float
+) -> dict[str, Any]:
+  """All cases; every round's figures by case and network."""
+  work = [
+    (i, case, network)
+    for case in cases
+    for i in range(-1, rounds)  # The first round compiles.
+    for network in networks(case, platform)
+  ]
+  results: dict[str, dict[str, list]] = {case: {} for case in cases}
+  with tempfile.TemporaryDirectory() as cache:
+    for i, case, network in (bar := tqdm.tqdm(work, unit='run')):
+      bar.set_postfix_str(f'{case} {network}, round {i + 1}')
+      runs = results[case].setdefault(network, [])
+      if runs and 'error' in runs[0]:
+        continue
+      figures = measure(network, case, seconds, cache)
+      if i >= 0 or 'error' in figures:
+        runs.append(figures)
+  return results
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+  low, middle, high = min(values), statistics.median(values), max(values)
+  return f'{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})'
+
+
+def table(results: dict[str, dict[str, list]]) -> str:
+  """Markdown: medians over the rounds, in brackets the least and the most."""
+  lines = [
+    '| | network | images a second | against the first | peak memory, GB | '
+    'host, ms a step |',
+    '|---|---|---|---|---|---|',
+  ]
+  for case, contenders in results.items():
+    model, batch_size = case.split(':')
+    base = BASES[model]
+    names = sorted(contenders, key=lambda name: name != base)
+    for name in names:
+      runs = contenders[name]
+      where = f'{model}, batch {batch_size}' if name == base else ''
+      if 'error' in runs[0]:
+        cells = f'did not run: {runs[0]["error"][:80]} | - | - | -'
+      else:
+        rates = [r['images_per_second'] for r in runs]
+        digits = 1 if max(rates) < 100 else 0
+        ratio = '-'
+        if 'error' not in contenders[base][0]:
+          pairs = zip(runs, contenders[base], strict=True)
+          ratio = spread(
+            [a['images_per_second'] / b['images_per_second'] for a, b in pairs],
+            2,
+          )
+        memory = statistics.median(r['peak_bytes'] for r in runs) / 1e9
+        host = 1e3 * statistics.median(r['host_seconds'] for r in runs)
+        cells = f'{spread(rates, digits)} | {ratio} | {memory:.2f} | {host:.1f}'
+      lines.append(f'| {where} | {peers.NETWORKS[name]} | {cells} |')
+  return '\n'.join(lines) + '\n'
+
+
+def describe() -> dict[str, Any]:
+  """The platform and its devices, asked of a process that then lets them go."""
+  code = (
+    'import jax; d = jax.devices(); '
+    'print(d[0].platform, len(d), "x", d[0].device_kind)'
+  )
+  command = [sys.executable, '-c', code]
+  answer = subprocess.run(command, capture_output=True, text=True, check=True)
+  platform, _, device = answer.stdout.strip().partition(' ')
+  return {
+    'platform': platform,
+    'device': machine() if platform == 'cpu' else device,
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--cases', nargs='+', help='such as resnet50:128')
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--seconds', type=float, default=5, help='of a timing')
+  parser.add_argument('--out', type=Path, default=Path('throughput'))
+  parser.add_argument('--serve', nargs=2, help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.serve:
+    print('figures', json.dumps(time_here(*args.serve, args.seconds)))
+    return
+  packages = versions()
+  if importlib.util.find_spec('torch'):
+    packages['torch'] = importlib.metadata.version('torch')
+  report = describe() | {'versions': packages}
+  cases = args.cases or CASES[report['platform']]
+  for case in cases:
+    model, _, batch_size = case.partition(':')
+    if model not in DATA or not batch_size.isdecimal():
+      parser.error(f'case {case!r}: expected {" or ".join(DATA)}, :, a batch')
+  report['cases'] = run(cases, report['platform'], args.rounds, args.seconds)
+  text = json.dumps(report, indent=1) + '\n'
+  args.out.with_suffix('.json').write_text(text)
+  args.out.with_suffix('.md').write_text(table(report['cases']))
+  print(table(report['cases']))
+
+
+if __name__ == '__main__':
+  main()
