@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 from benchmarks import peers
 from benchmarks.input_pipeline import machine
 from skipinit_jax.ahead_of_time.measure import stand_in
-from skipinit_jax.training.config import check_config
+from skipinit_jax.training.config import check_config, peak_rate
 from skipinit_jax.training.devices import (
   map_over_devices,
   replicate,
@@ -48,8 +48,7 @@ from skipinit_jax.training.devices import (
 )
 from skipinit_jax.training.program import make_program
 from skipinit_jax.training.result import versions
-from skipinit_jax.training.startup import init_variables
-from skipinit_jax.training.step import create_state
+from skipinit_jax.training.startup import initial_state
 
 DATA = {'resnet50': 'imagenet2012', 'wrn16-4': 'cifar10'}
 CASES = {
@@ -89,12 +88,8 @@ def our_step(config: ConfigDict, network: str = '') -> Callable[[], Any]:
   data = stand_in(config.data)
   with peers.as_network(network):
     program = make_program(config, data)
-
-    def create():
-      variables = init_variables(program.model, data.image_shape, config.seed)
-      return create_state(variables, program.tx)
-
-    state = [replicate(jax.jit(create)())]
+    create = functools.partial(initial_state, program, config, data)
+    state = [replicate(jax.jit(create)(0, peak_rate(config)))]
     resident = data.input_axis is None
     rows = data.train_size if resident else config.batch_size
     rng = np.random.default_rng(0)

@@ -44,7 +44,8 @@ def make_state(step, blocks=3, stacked=False):
     opt_state=({'trace': jax.tree.map(lambda p: jnp.asarray(-p), params)},),
     sums={name: jnp.zeros(()) for name in ('loss', 'top1', 'steps')},
     skipped=jnp.int32(0),
-    rate_scale=jnp.ones(()),
+    rate=jnp.ones(()),
+    seed=jnp.zeros((), jnp.uint32),
   )
 
 

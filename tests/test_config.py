@@ -103,11 +103,18 @@ def test_true_shares_are_between_0_and_1(field, value):
   assert field.replace('__', '.') in message
 
 
-@pytest.mark.parametrize('field', [*NOT_NEGATIVE, 'seed'])
+@pytest.mark.parametrize('field', NOT_NEGATIVE)
 def test_not_negative(field):
   message = refused(check_config, recipe(**{field: -1}), 4)
   assert f'{field.replace("__", ".")}=-1' in message
   assert 'at least 0' in message
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32])
+def test_a_seed_has_32_bits(seed):
+  message = refused(check_config, recipe(seed=seed), 4)
+  assert message == f'seed={seed} must be from 0 to 2**32 - 1 and finite'
+  check_config(recipe(seed=2**32 - 1), 4)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from skipinit_jax.data.resident import Resident
 from skipinit_jax.models.methods import METHODS
 from skipinit_jax.training import step as steps
 from skipinit_jax.training.checkpoints import Checkpoints
-from skipinit_jax.training.config import default_config
+from skipinit_jax.training.config import default_config, peak_rate
 from skipinit_jax.training.devices import AXIS, replicate, shard, tell
 from skipinit_jax.training.program import make_program
 from skipinit_jax.training.startup import init_variables
@@ -71,7 +71,11 @@ def fresh_state(config, program):
   variables = init(config.model.method)
   variables = jax.tree.map(jnp.array, variables)
   return steps.create_state(
-    variables, program.tx, ema=config.ema_decay is not None
+    variables,
+    program.tx,
+    rate=peak_rate(config),
+    seed=config.seed,
+    ema=config.ema_decay is not None,
   )
 
 
@@ -266,6 +270,19 @@ def test_state_is_donated_and_the_step_compiled_once(tmp_path):
   assert not compiled
 
 
+def test_runs_that_differ_in_rate_and_seed_share_a_program():
+  def text(**changes):
+    config = recipe(model__method='fixup', schedule__name='cosine', **changes)
+    program = make_program(config, data_of(config))
+    state = jax.eval_shape(lambda: fresh_state(config, program))
+    batch, _ = next(data_of(config).inputs(replicate, config, 0))
+    return program.train_step.lower(state, batch, tell(), 1).as_text()
+
+  ours = text()
+  assert text(seed=3, optimizer__learning_rate=0.7) == ours
+  assert text(optimizer__l2=0.1) != ours
+
+
 def test_several_steps_in_a_call_are_single_steps():
   config = recipe(model__method='skipinit', model__dropout=0.2)
   (single, metrics), _ = real_run(config, 4)
@@ -424,7 +441,7 @@ def test_metrics_name_rate_and_norms():
   assert metrics[0]['grad_norm'] == pytest.approx(norm, rel=1e-3)
 
 
-def test_the_rate_scale_is_on_the_update():
+def test_the_rate_is_on_the_update():
   config = recipe(model__method='skipinit')
   step, program = pure_step(config)
   data = data_of(config)
@@ -437,7 +454,8 @@ def test_the_rate_scale_is_on_the_update():
   start = fresh_state(config, program)
   moved = {}
   for scale in (1.0, 0.25):
-    state, metrics = mapped(start.replace(rate_scale=jnp.float32(scale)), host)
+    rate = jnp.float32(0.05 * scale)
+    state, metrics = mapped(start.replace(rate=rate), host)
     assert metrics['learning_rate'][0] == pytest.approx(0.05 * scale)
     moved[scale] = jax.tree.map(
       lambda new, old: np.asarray(new[0] - old), state.params, start.params

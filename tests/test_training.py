@@ -253,8 +253,8 @@ def test_going_back_ends_as_diverged_after_the_limit(tmp_path, capsys):
   assert result['status'] == 'diverged'
   err = capsys.readouterr().err
   assert err.count('diverged after step') == 2
-  assert 'learning rate times 0.5' in err
-  assert 'learning rate times 0.25' in err
+  assert 'peak learning rate at 5e+08' in err
+  assert 'peak learning rate at 2.5e+08' in err
 
 
 def test_going_back_completes_with_a_smaller_rate(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -19,8 +20,7 @@ from skipinit_jax.data.stream import Stream
 from skipinit_jax.errors import InputError
 from skipinit_jax.training.config import check_config, less_memory
 from skipinit_jax.training.program import make_program
-from skipinit_jax.training.startup import init_variables
-from skipinit_jax.training.step import create_state
+from skipinit_jax.training.startup import initial_state
 
 MICRO_BATCHES = (1, 2, 4, 8)
 LARGEST_BATCH = 2**14  # A chip, where the search for one ends.
@@ -109,13 +109,9 @@ def measure(
   check_config(config, n)
   data = stand_in(config.data)
   program = make_program(config, data, where.devices)
-
-  def create():
-    variables = init_variables(program.model, data.image_shape, config.seed)
-    ema = config.ema_decay is not None
-    return create_state(variables, program.tx, ema=ema)
-
-  state = jax.eval_shape(create)
+  state = jax.eval_shape(
+    functools.partial(initial_state, program, config, data), 0, 0.0
+  )
   host = {name: _shape((n,), np.int32) for name in ('stop', 'replaced')}
   if data.input_axis is None:
     inputs = _batch((data.train_size,), data)

@@ -148,9 +148,10 @@ def check_config(config: ConfigDict, device_count: int) -> None:
     _within(config, field, 0, 1, 'more than 0 and less than 1')
   for field in (
     *('optimizer.l2', 'schedule.warmup_epochs', 'schedule.hold_epochs'),
-    *('schedule.factor', 'seed'),
+    'schedule.factor',
   ):
     _within(config, field, 0, math.inf, 'at least 0', closed=True)
+  _within(config, 'seed', 0, 2**32, 'from 0 to 2**32 - 1', closed=True)
   for field, known in (
     ('model.name', MODELS),
     ('schedule.name', SCHEDULES),

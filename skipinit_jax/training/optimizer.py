@@ -15,25 +15,24 @@ CLASSIFIER = 'classifier'
 
 
 def make_schedule(config: ConfigDict, train_size: int) -> optax.Schedule:
-  """The learning rate as a function of the step.
+  """The learning rate by step, as a share of its peak.
 
-  constant: the peak rate. halving: constant for `hold_epochs`, then halved
+  constant: 1. halving: constant for `hold_epochs`, then halved
   every `every_epochs` (De & Smith 2020 on CIFAR: 100, then every 10). step:
   times `factor` at each of `boundaries`. cosine: to 0 at the end of training
   (on ImageNet, after 5 epochs of warm-up). The warm-up is linear from 0 and
   goes before any of them; durations count from the start of training.
   """
   schedule = config.schedule
-  peak = peak_rate(config)
 
   def steps(epochs: float) -> int:
     return epochs_to_steps(config, epochs, train_size)
 
   total, warmup = steps(config.epochs), steps(schedule.warmup_epochs)
   if schedule.name == 'cosine':
-    main = optax.cosine_decay_schedule(peak, max(total - warmup, 1))
+    main = optax.cosine_decay_schedule(1.0, max(total - warmup, 1))
   elif schedule.name == 'constant':
-    main = optax.constant_schedule(peak)
+    main = optax.constant_schedule(1.0)
   else:
     if schedule.name == 'step':
       factor, boundaries = schedule.factor, schedule.boundaries
@@ -46,10 +45,10 @@ def make_schedule(config: ConfigDict, train_size: int) -> optax.Schedule:
     for boundary in boundaries:
       step = max(steps(boundary) - warmup, 0)
       scales[step] = scales.get(step, 1.0) * factor
-    main = optax.piecewise_constant_schedule(peak, scales)
+    main = optax.piecewise_constant_schedule(1.0, scales)
   if not warmup:
     return main
-  ramp = optax.linear_schedule(0.0, peak, warmup)
+  ramp = optax.linear_schedule(0.0, 1.0, warmup)
   return optax.join_schedules([ramp, main], [warmup])
 
 
@@ -57,6 +56,8 @@ def make_optimizer(
   config: ConfigDict, method: Method, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
   """SGD: clipping, L2, rates by parameter, momentum, schedule; in this order.
+
+  Updates are for a peak rate of 1: the step multiplies them by its own.
 
   L2 is the gradient of l2/2 ||w||^2 for the leaves that decay, so it passes
   through the momentum; it is not clipped.

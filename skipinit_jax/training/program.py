@@ -23,7 +23,7 @@ class Program:
   """The computation of a run, not yet compiled.
 
   Attributes:
-    model, tx: the network and its optimizer.
+    model, tx: the network, and its optimizer for a peak rate of 1.
     train_step: mapped (state, inputs, host, count) -> (state, metrics), several
       steps where count is more than 1; the state is donated. See
       `step.train_step`.
@@ -67,7 +67,6 @@ def make_program(
     schedule=schedule,
     choose=data.choose,
     augment=data.augmentation,
-    seed=config.seed,
     batch_size=config.batch_size,
     micro_batches=config.micro_batches,
     label_smoothing=config.label_smoothing,

@@ -1,5 +1,6 @@
 """What happens before the first step."""
 
+import functools
 import glob
 import json
 import os
@@ -146,23 +147,38 @@ def restore_or_create(
 ) -> tuple[int, TrainState]:
   """The newest saved state and its step, or the one before the first step."""
 
-  def create() -> TrainState:
-    variables = init_variables(program.model, data.image_shape, config.seed)
-    ema = config.ema_decay is not None
-    return create_state(variables, program.tx, ema=ema)
-
-  step, state = checkpoints.restore_latest(like=jax.eval_shape(create))
+  create = functools.partial(initial_state, program, config, data)
+  start = np.uint32(config.seed), np.float32(peak_rate(config))
+  like = jax.eval_shape(create, *start)
+  step, state = checkpoints.restore_latest(like)
   if state is not None:
     return step, state
   # The program runs once; optimizing it takes longer than running it.
   options = {}
   if jax.default_backend() == 'cpu':
     options = {'xla_backend_optimization_level': 0}
-  return 0, replicate(jax.jit(create, compiler_options=options)())
+  return 0, replicate(jax.jit(create, compiler_options=options)(*start))
+
+
+def initial_state(
+  program: Program,
+  config: ConfigDict,
+  data: Any,
+  seed: jax.typing.ArrayLike,
+  rate: jax.typing.ArrayLike,
+) -> TrainState:
+  """The state before the first step; pure, for `jax.jit`."""
+  return create_state(
+    init_variables(program.model, data.image_shape, seed),
+    program.tx,
+    rate=rate,
+    seed=seed,
+    ema=config.ema_decay is not None,
+  )
 
 
 def init_variables(
-  model: ResNet, image_shape: tuple[int, int, int], seed: int
+  model: ResNet, image_shape: tuple[int, int, int], seed: jax.typing.ArrayLike
 ) -> dict[str, Any]:
   """The model's variables at the start, from `seed` alone.
 
@@ -179,7 +195,8 @@ def init_variables(
 def may_go_back(state: TrainState, config: ConfigDict) -> bool:
   """Whether a diverged run is to go on from its last checkpoint."""
   limit = config.divergence_factor ** (config.divergence_limit - 0.5)
-  return config.on_divergence == 'back' and state.rate_scale > limit
+  lowest = limit * peak_rate(config)
+  return config.on_divergence == 'back' and state.rate > lowest
 
 
 def go_back(
@@ -190,14 +207,14 @@ def go_back(
   checkpoints: Checkpoints,
 ) -> tuple[int, TrainState]:
   """The last saved state, with a smaller learning rate than `state`."""
-  scale = np.float32(state.rate_scale * config.divergence_factor)
+  rate = np.float32(state.rate * config.divergence_factor)
   diverged = int(state.step)
   step, state = restore_or_create(program, config, data, checkpoints)
   say(
     f'diverged after step {diverged:,}; back to step {step:,} with the '
-    f'learning rate times {scale:g}'
+    f'peak learning rate at {rate:.4g}'
   )
-  return step, state.replace(rate_scale=replicate(scale))
+  return step, state.replace(rate=replicate(rate))
 
 
 def warm_up(

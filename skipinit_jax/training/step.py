@@ -25,8 +25,10 @@ class TrainState(flax.struct.PyTreeNode):
     sums: float32 (), loss and top-1 summed over the steps since the last log,
       and the number of these steps.
     skipped: int32 (), steps in a row whose update was skipped.
-    rate_scale: float32 (), factor on the learning rate, below 1 after going
-      back from a divergence.
+    rate: float32 (), the peak learning rate, lower after going back from a
+      divergence; what the schedule is a share of.
+    seed: uint32 (), of the run. Both are here so that runs which differ in
+      nothing else share one compiled program.
   """
 
   step: jax.Array
@@ -36,11 +38,17 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: Any
   sums: dict[str, jax.Array]
   skipped: jax.Array
-  rate_scale: jax.Array
+  rate: jax.Array
+  seed: jax.Array
 
 
 def create_state(
-  variables: Any, tx: optax.GradientTransformation, *, ema: bool = False
+  variables: Any,
+  tx: optax.GradientTransformation,
+  *,
+  rate: jax.typing.ArrayLike,
+  seed: jax.typing.ArrayLike,
+  ema: bool = False,
 ) -> TrainState:
   """The state before the first step, from a model's variables."""
   params = variables['params']
@@ -55,7 +63,8 @@ def create_state(
     opt_state=tx.init(params),
     sums={name: jnp.zeros(()) for name in ('loss', 'top1', 'steps')},
     skipped=jnp.zeros((), jnp.int32),
-    rate_scale=jnp.ones(()),
+    rate=jnp.asarray(rate, jnp.float32),
+    seed=jnp.asarray(seed, jnp.uint32),
   )
 
 
@@ -95,7 +104,6 @@ def train_step(
   schedule: optax.Schedule,
   choose: Callable,
   augment: Callable,
-  seed: int,
   batch_size: int,
   micro_batches: int,
   label_smoothing: float,
@@ -105,7 +113,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update, under the mapped axis `AXIS`.
 
-  Where the loss, the gradient or the update is not finite, nothing is updated,
+  All randomness is a function of (seed, step). Where the loss, the gradient or
+  the update is not finite, nothing is updated,
   and unless `max_skips` lets it pass the step is not counted: the state stays
   at its last finite parameters, and every later call gives the same answer, so
   the caller may look at it late.
@@ -116,10 +125,10 @@ def train_step(
     host: what this device's process has to tell the others, int32 (): `stop`,
       whether it was asked to, and `replaced`, images of the batch that could
       not be read.
-    model, tx, schedule: the network, its optimizer and learning rate.
+    model, tx, schedule: the network, its optimizer for a peak rate of 1, and
+      the learning rate by step as a share of the peak rate.
     choose, augment: of the data set; see `data.Resident.choose` and
       `data.Augmentation`.
-    seed: of the run; all randomness is a function of (seed, step).
     batch_size: over all devices.
     micro_batches: parts that this device's share is cut into.
     label_smoothing: see `cross_entropy`.
@@ -135,7 +144,7 @@ def train_step(
   share = batch_size // jax.lax.axis_size(AXIS)
   examples = share * jax.lax.axis_index(AXIS) + jnp.arange(share)
   dropout_key, data_key, augment_key = jax.random.split(
-    jax.random.fold_in(jax.random.key(seed), 1), 3
+    jax.random.fold_in(jax.random.key(state.seed), 1), 3
   )
   dropout_key, augment_key = (
     jax.random.fold_in(key, state.step) for key in (dropout_key, augment_key)
@@ -165,7 +174,7 @@ def train_step(
     (loss, top1, batch_stats, grads), AXIS
   )
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  updates = jax.tree.map(lambda u: u * state.rate_scale, updates)
+  updates = jax.tree.map(lambda u: u * state.rate, updates)
   params = optax.apply_updates(state.params, updates)
   ema = state.ema
   if ema_decay is not None:
@@ -192,7 +201,8 @@ def train_step(
     opt_state=opt_state,
     sums=sums,
     skipped=jnp.zeros_like(state.skipped),
-    rate_scale=state.rate_scale,
+    rate=state.rate,
+    seed=state.seed,
   )
   passed_over = state.replace(
     step=state.step + 1, sums=before, skipped=state.skipped + 1
@@ -201,7 +211,7 @@ def train_step(
   metrics = {
     'loss': shown['loss'] / shown['steps'],
     'top1': shown['top1'] / shown['steps'],
-    'learning_rate': schedule(state.step) * state.rate_scale,
+    'learning_rate': schedule(state.step) * state.rate,
     'grad_norm': grad_norm,
     'param_norm': param_norm,
     'skipped': state.skipped + skips,
