@@ -19,8 +19,9 @@ LAYERS = {
   'data': set(),
   'training': {'models', 'data'},
   'ahead_of_time': {'models', 'data', 'training'},
+  'experiments': {'models', 'data', 'training', 'ahead_of_time'},
 }
-SHARED = {'errors', 'published', 'version'}
+SHARED = {'errors', 'published', 'styles', 'version'}
 
 
 def imports(path):
@@ -119,7 +120,7 @@ def test_wheel_holds_the_package_and_the_recipes(wheel):
   ours = {
     f'skipinit_jax/{p.relative_to(PACKAGE)}'
     for p in PACKAGE.rglob('*')
-    if p.suffix == '.py' or p.name == 'py.typed'
+    if p.suffix in ('.py', '.css') or p.name == 'py.typed'
   }
   recipes = {f'skipinit_jax/configs/{p.name}' for p in ROOT.glob('configs/*')}
   recipes = {name for name in recipes if name.endswith('.py')}

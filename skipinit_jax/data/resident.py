@@ -68,6 +68,11 @@ class Resident:
     """Number of images to evaluate on."""
     return len(self.eval_images)
 
+  @property
+  def chance(self) -> float:
+    """Share of the largest class among the images to evaluate on."""
+    return float(np.bincount(self.eval_labels).max() / self.eval_size)
+
   def inputs(
     self, place: Callable[[Any], Any], config: ConfigDict, start_step: int
   ) -> Iterator[tuple[tuple[jax.Array, jax.Array], list[str]]]:

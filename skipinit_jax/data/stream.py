@@ -60,6 +60,11 @@ class Stream:
     """Number of images to evaluate on."""
     return self.images.eval_size
 
+  @property
+  def chance(self) -> float:
+    """Share of one class; labels are not read ahead to find the largest."""
+    return 1 / self.num_classes
+
   def inputs(
     self, place: Callable[[Any], Any], config: ConfigDict, start_step: int
   ) -> Iterator[tuple[tuple[jax.Array, jax.Array], list[str]]]:

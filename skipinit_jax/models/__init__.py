@@ -7,6 +7,7 @@ from skipinit_jax.models.methods import Method as Method
 from skipinit_jax.models.methods import fixup_kernel_init as fixup_kernel_init
 from skipinit_jax.models.methods import he_normal as he_normal
 from skipinit_jax.models.normalization import BatchNorm as BatchNorm
+from skipinit_jax.models.parameters import alphas as alphas
 from skipinit_jax.models.parameters import decay_mask as decay_mask
 from skipinit_jax.models.parameters import param_labels as param_labels
 from skipinit_jax.models.resnet import RESNETS as RESNETS

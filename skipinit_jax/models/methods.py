@@ -86,6 +86,8 @@ def resolve_method(
 ) -> Method:
   """Looks a method up, with another initial value of its scalar if given.
 
+  An `alpha` of 'none' takes the scalar away.
+
   Raises:
     InputError: for an unknown name, or an `alpha` for a method without one.
   """
@@ -97,6 +99,8 @@ def resolve_method(
     name = 'this method'
   if alpha is None:
     return method
+  if alpha == 'none':
+    return dataclasses.replace(method, alpha=None)
   if method.alpha is None:
     having = ' or '.join(n for n, m in METHODS.items() if m.alpha is not None)
     raise InputError(

@@ -1,11 +1,13 @@
 """Which parameters decay, and which have a rate of their own, by leaf name."""
 
+import re
 from collections.abc import Collection
 from typing import Any
 
 import jax
 
 from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.models.stages import unstack_blocks
 
 # Leaf name -> what it is. Total for every network of this package.
 LEAVES = {
@@ -77,6 +79,28 @@ def decay_mask(
   return jax.tree.map(
     lambda label: label in decays, param_labels(params, other=other)
   )
+
+
+def alphas(params: Any) -> dict[str, jax.Array]:
+  """The scalars of all residual branches, from the input to the output.
+
+  Args:
+    params: of a network whose blocks are numbered, or stacked for a scan.
+
+  Returns:
+    Block -> its alpha, shape (), as in 'stage1/block2'.
+  """
+  found = {}
+  paths = jax.tree_util.tree_leaves_with_path(unstack_blocks(params))
+  for path, leaf in paths:
+    if jax.tree_util.keystr(path[-1:], simple=True) == 'alpha':
+      block = jax.tree_util.keystr(path[:-2], simple=True, separator='/')
+      found[block] = leaf
+
+  def order(block: str) -> list[Any]:
+    return [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', block)]
+
+  return {block: found[block] for block in sorted(found, key=order)}
 
 
 def count_parameters(params: Any) -> dict[str, tuple[int, int]]:

@@ -1,5 +1,6 @@
 """The fields of a recipe: defaults, checks, and the network they describe."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -41,8 +42,12 @@ def default_config() -> ConfigDict:
   config.model.depth = 16
   config.model.width = placeholder(int)  # Of a wide_resnet.
   config.model.method = 'skipinit'  # One of skipinit_jax.METHODS.
-  # A number or '1/sqrt(d)'; unset: the method's own.
+  # A number, '1/sqrt(d)' or 'none'; unset, like the three below: the method's
+  # own.
   config.model.alpha = placeholder(str)
+  config.model.zero_last = placeholder(bool)
+  config.model.rescale = placeholder(bool)
+  config.model.scalar_biases = placeholder(bool)
   config.model.biases = False  # On all convolutions but the stem.
   config.model.dropout = 0.0  # On the pooled features.
   # One of CLASSIFIER_INITS; unset: the method's own.
@@ -88,6 +93,7 @@ def default_config() -> ConfigDict:
   config.schedule.factor = 0.1  # by this factor.
 
   config.log_every_steps = 100
+  config.log_alphas = False  # Every block's scalar, on each of these lines.
   config.eval_every_epochs = 1.0
   config.checkpoint_every_steps = 1000
   config.keep_checkpoints = 2
@@ -263,11 +269,11 @@ def build_model(
   dtype = config.dtype
   if dtype == 'auto':
     dtype = 'float32' if platform == 'cpu' else 'bfloat16'
-  resolve_method(model.method, model.alpha).alpha_value(1)
+  method = build_method(config)
+  method.alpha_value(1)
   fields = {
     'num_classes': num_classes,
-    'method': model.method,
-    'alpha': model.alpha,
+    'method': method,
     'biases': model.biases,
     'dropout': model.dropout,
     'classifier_init': inits[model.classifier_init],
@@ -323,8 +329,15 @@ def less_memory(config: ConfigDict) -> str:
 
 
 def build_method(config: ConfigDict) -> Method:
-  """The method of a recipe."""
-  return resolve_method(config.model.method, config.model.alpha)
+  """The method of a recipe, with what the recipe changes of it."""
+  method = resolve_method(config.model.method, config.model.alpha)
+  names = ('zero_last', 'rescale', 'scalar_biases')
+  changes = {n: v for n in names if (v := config.model[n]) is not None}
+  if changes.get('scalar_biases') and not method.fixup_block:
+    raise InputError(
+      f'model.scalar_biases=True is for fixup, not for {config.model.method}'
+    )
+  return dataclasses.replace(method, **changes)
 
 
 def peak_rate(config: ConfigDict) -> float:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
+from skipinit_jax.models.parameters import alphas
 from skipinit_jax.training import devices, startup
 from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
 from skipinit_jax.training.config import check_config
@@ -74,7 +75,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       return request.requested is not None
 
     step, state = startup.restore_or_create(program, config, data, checkpoints)
-    reporter = Reporter(workdir, step, times, config.batch_size)
+    reporter = Reporter(
+      workdir, step, times, config.batch_size, [*alphas(state.params)]
+    )
     reporter.say(
       startup.describe(config, program.model, data, state, times, workdir)
     )
@@ -136,7 +139,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     checkpoints.wait()
     reporter.close()
     return write_result(
-      workdir, state, reporter, seconds=time.perf_counter() - began
+      workdir, state, reporter, data, seconds=time.perf_counter() - began
     )
 
 

@@ -30,6 +30,7 @@ class Reporter:
     start: steps made already.
     times: when a line is due.
     batch_size: for images a second.
+    blocks: names for the metric `alphas`.
 
   Attributes:
     diverged: whether metrics that are not finite were read.
@@ -39,13 +40,19 @@ class Reporter:
   """
 
   def __init__(
-    self, workdir: epath.Path, start: int, times: Timetable, batch_size: int
+    self,
+    workdir: epath.Path,
+    start: int,
+    times: Timetable,
+    batch_size: int,
+    blocks: Sequence[str] = (),
   ):
     self._workdir = workdir
     self._lines = Lines(workdir)
     self._writes = jax.process_index() == 0
     self._times = times
     self._batch_size = batch_size
+    self._blocks = blocks
     self._board = None
     self._compiled = False
     self._eval = ''
@@ -114,7 +121,9 @@ class Reporter:
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None
-    values = {k: v.item() for k, v in jax.device_get(dict(metrics)).items()}
+    arrays = jax.device_get(dict(metrics))
+    alphas = arrays.pop('alphas', None)
+    values = {k: v.item() for k, v in arrays.items()}
     self.diverged = not values.pop('finite')
     self.stop = values.pop('stop') > 0
     if replaced := values.pop('replaced'):
@@ -133,6 +142,9 @@ class Reporter:
       self.restart_clock(step)
       timings = round(rate, 2), round(waited, 4)
       self._write(step, values | dict(zip(TIMINGS, timings, strict=True)))
+      if alphas is not None:
+        named = zip(self._blocks, alphas.tolist(), strict=True)
+        self._write(step, {'alpha': dict(named)})
       self._bar.set_postfix_str(
         f'{rate:,.0f} images/s, loss {values["loss"]:.4f}, '
         f'top-1 {values["top1"]:.3f}{self._eval}'

@@ -72,6 +72,7 @@ def make_program(
     label_smoothing=config.label_smoothing,
     ema_decay=config.ema_decay,
     log_every=config.log_every_steps,
+    log_alphas=config.log_alphas,
     max_skips=config.divergence_limit if config.on_divergence == 'skip' else 0,
   )
   eval_step = functools.partial(

@@ -13,7 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from skipinit_jax.training.lines import write_json
-from skipinit_jax.training.metrics import Reporter, read_evals
+from skipinit_jax.training.metrics import Reporter, read_evals, read_metrics
 from skipinit_jax.training.startup import RESULT
 from skipinit_jax.training.step import TrainState
 from skipinit_jax.version import __version__
@@ -26,7 +26,11 @@ def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
 
 
 def write_result(
-  workdir: epath.Path, state: TrainState, reporter: Reporter, seconds: float
+  workdir: epath.Path,
+  state: TrainState,
+  reporter: Reporter,
+  data: Any,
+  seconds: float,
 ) -> dict[str, Any]:
   """Writes `result.json`, in one piece, and returns it.
 
@@ -34,14 +38,19 @@ def write_result(
     workdir: of the run, with its metrics.
     state: at the end.
     reporter: whether the run diverged, and its last finite metrics.
+    data: what was trained on.
     seconds: since the start of this process's part of the run.
   """
   if jax.process_index() == 0:
     evals = read_evals(workdir)
+    trained = [line for line in read_metrics(workdir) if 'loss' in line]
     result = {
       'status': 'diverged' if reporter.diverged else 'completed',
       'eval': evals[-1],
       'best_eval': max(evals, key=lambda e: e['top1']),
+      'eval_size': data.eval_size,
+      'chance': data.chance,
+      'last_train': {k: trained[-1][k] for k in ('step', 'loss', 'top1')},
       'steps': int(state.step),
       'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
       'seconds': round(seconds, 2),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from skipinit_jax.models.parameters import alphas
 from skipinit_jax.training.devices import AXIS
 
 
@@ -109,6 +110,7 @@ def train_step(
   label_smoothing: float,
   ema_decay: float | None,
   log_every: int,
+  log_alphas: bool,
   max_skips: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update, under the mapped axis `AXIS`.
@@ -134,12 +136,14 @@ def train_step(
     label_smoothing: see `cross_entropy`.
     ema_decay: of the averaged parameters, None for none.
     log_every: steps over which the reported loss and top1 are averaged.
+    log_alphas: report every block's scalar.
     max_skips: updates in a row that may be skipped as not finite.
 
   Returns:
     The new state and the metrics, scalars equal on all devices: loss and top1
     (averaged since the last multiple of `log_every`), learning_rate, grad_norm,
-    param_norm, skipped, finite; stop and replaced, summed over the processes.
+    param_norm, skipped, finite; stop and replaced, summed over the processes;
+    and alphas, float32 (blocks,), in the order of `models.alphas`.
   """
   share = batch_size // jax.lax.axis_size(AXIS)
   examples = share * jax.lax.axis_index(AXIS) + jnp.arange(share)
@@ -218,6 +222,8 @@ def train_step(
     'finite': finite | skips,
     **jax.lax.psum(host, AXIS),
   }
+  if log_alphas and (scalars := alphas(params)):
+    metrics['alphas'] = jnp.stack([*scalars.values()])
   return select(finite, updated, select(skips, passed_over, state)), metrics
 
 

@@ -1,0 +1,1 @@
+"""The papers' experiments: grids over recipes, run, stopped and continued."""

@@ -1,0 +1,233 @@
+"""The command line of the studies.
+
+python -m skipinit_jax.experiments list
+python -m skipinit_jax.experiments run depth --dataset=digits
+python -m skipinit_jax.experiments report depth --dataset=digits
+python -m skipinit_jax.experiments status depth --dataset=digits
+
+What a recipe's fields are set to comes last, as in --config.epochs=2; a study
+that was stopped goes on with the same command.
+"""
+
+import argparse
+import dataclasses
+import signal
+import sys
+from pathlib import Path
+
+from skipinit_jax.data import open_dataset
+from skipinit_jax.errors import InputError
+from skipinit_jax.experiments import engines
+from skipinit_jax.experiments.estimate import SUSTAINED_RATE, cost
+from skipinit_jax.experiments.grid import cells, parse_overrides
+from skipinit_jax.experiments.report import write_report
+from skipinit_jax.experiments.runner import (
+  Results,
+  open_study,
+  read_study,
+  run_study,
+)
+from skipinit_jax.experiments.selection import (
+  TEST,
+  VALIDATION,
+  runs_at,
+  total_runs,
+  wanted,
+)
+from skipinit_jax.experiments.studies import STUDIES, VARIANTS, Grid, find_study
+from skipinit_jax.training.config import build_model, check_config
+
+ENGINES = ('local', 'ray', 'print')
+FAILED, BAD_INPUT = 1, 2
+
+
+def main() -> None:
+  """Parses, and ends in one line where the input is bad."""
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  args, rest = parser().parse_known_args()
+  try:
+    if rest and args.action == 'list':
+      raise InputError(f'unexpected argument {rest[0]!r}')
+    args.call(args, rest)
+  except InputError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(BAD_INPUT)
+  except KeyboardInterrupt:
+    print('stopped; the same command goes on from here', file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
+  top = argparse.ArgumentParser(
+    prog='python -m skipinit_jax.experiments',
+    description="The papers' experiments on your data.",
+  )
+  actions = top.add_subparsers(dest='action', required=True)
+  listing = actions.add_parser('list', help='the studies and what they cost')
+  listing.set_defaults(call=list_studies)
+  for name, call, help_ in (
+    ('run', run, 'run what is not finished, then write the report'),
+    ('report', report, 'write the report of what is finished'),
+    ('status', status, 'how far a study is, from any terminal'),
+  ):
+    action = actions.add_parser(name, help=help_)
+    action.set_defaults(call=call)
+    action.add_argument('study', help=', '.join(STUDIES))
+    action.add_argument('--dataset', default='digits')
+    action.add_argument(
+      '--workdir', type=Path, help='by default runs/STUDY-DATASET'
+    )
+    if name != 'run':
+      continue
+    action.add_argument('--engine', default='local', choices=ENGINES)
+    action.add_argument('--jobs', type=int, default=1, help='local: at a time')
+    action.add_argument(
+      '--address', help="ray: of the cluster, 'auto' for a running one"
+    )
+    action.add_argument('--gpus-per-run', type=float, default=0.0, help='ray')
+    action.add_argument('--cpus-per-run', type=float, default=1.0, help='ray')
+  return top
+
+
+def list_studies(args: argparse.Namespace, rest: list[str]) -> None:
+  """Prints every study and data set with its cost."""
+  del args, rest
+  for study in STUDIES.values():
+    print(f'{study.name}: {study.question}')
+    for dataset, grid in study.grids.items():
+      print(f'  --dataset={dataset}: {price(grid)}')
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> None:
+  """Runs a study to its end and writes its report."""
+  study, grid = find_study(args.study, args.dataset)
+  grid = dataclasses.replace(grid, overrides=parse_overrides(grid.recipe, rest))
+  if args.jobs < 1:
+    raise InputError(f'--jobs={args.jobs} must be 1 or more')
+  check(grid)
+  workdir = place(args)
+  open_study(workdir, study, grid, args.dataset)
+  results = Results(workdir)
+  left = wanted(grid, results)
+  if args.engine == 'print':
+    for each in left:
+      print(each.command(workdir))
+    note = 'rates are chosen from these; then ask again for the tests'
+    print(f'{len(left)} commands; {note}', file=sys.stderr)
+    return
+  print(grid_lines(grid), file=sys.stderr)
+  print(f'{len(left)} runs to start with, {price(grid)}', file=sys.stderr)
+  if args.engine == 'ray':
+    engine = engines.on_ray(
+      workdir, args.address, args.gpus_per_run, args.cpus_per_run
+    )
+  else:
+    engine = engines.local(workdir, args.jobs)
+  with engine as submit:
+    failed = run_study(grid, workdir, submit)
+  report(args, [])
+  if failed:
+    print(
+      f'{len(failed)} runs failed; the same command tries them again. '
+      f'The first: {failed[0]}',
+      file=sys.stderr,
+    )
+    sys.exit(FAILED)
+
+
+def report(args: argparse.Namespace, rest: list[str]) -> None:
+  """Writes report.html and report.md in the study's folder."""
+  study, grid, workdir = opened(args, rest)
+  print(write_report(study, grid, args.dataset, workdir))
+
+
+def status(args: argparse.Namespace, rest: list[str]) -> None:
+  """Prints how far a study is."""
+  _, grid, workdir = opened(args, rest)
+  results = Results(workdir)
+  left = wanted(grid, results)
+  total = total_runs(grid)
+  begun = [r for r in left if (r.folder(workdir) / 'metrics.jsonl').exists()]
+  print(f'{total - len(left)} or more of {total} runs done, {len(begun)} begun')
+  for problem in results.problems.values():
+    print(f'unreadable: {problem}')
+
+
+def opened(args: argparse.Namespace, rest: list[str]):
+  """A study that was started, with the overrides that it was started with."""
+  study, grid = find_study(args.study, args.dataset)
+  workdir = place(args)
+  overrides = read_study(workdir)['overrides']
+  if rest and parse_overrides(grid.recipe, rest) != overrides:
+    raise InputError(f'{workdir} was run with other fields: {overrides}')
+  grid = dataclasses.replace(grid, overrides=overrides)
+  open_study(workdir, study, grid, args.dataset)
+  return study, grid, workdir
+
+
+def place(args: argparse.Namespace) -> Path:
+  """The study's folder."""
+  return args.workdir or Path('runs') / f'{args.study}-{args.dataset}'
+
+
+def check(grid: Grid) -> None:
+  """Raises InputError for a run that can't be, and for missing data."""
+  some = [
+    run
+    for cell in cells(grid)
+    for split in (VALIDATION, TEST)
+    for run in runs_at(grid, cell, grid.rates[0], split)
+  ]
+  data = open_dataset(some[0].config.data)
+  for each in some:
+    check_config(each.config, 1)
+    build_model(each.config, data.num_classes, 'cpu')
+
+
+def grid_lines(grid: Grid) -> str:
+  """The grid, as it is about to be run."""
+  columns = ', '.join(VARIANTS[c].label for c in grid.columns)
+  lines = [
+    f'{grid.rows.name}: {", ".join(grid.rows.values)}',
+    f'methods: {columns}',
+    f'rates: {", ".join(f"2^{r}" for r in grid.rates)}'
+    + (f' times {grid.unit:g}' if grid.unit != 1 else ''),
+    f'seeds: {grid.seeds}, the best {grid.best} enter a mean',
+  ]
+  if len(grid.panels.values) > 1:
+    lines.insert(0, f'{grid.panels.name}: {", ".join(grid.panels.values)}')
+  return '\n'.join(lines)
+
+
+def price(grid: Grid) -> str:
+  """What a grid costs, in words."""
+  figures = cost(grid)
+  on_cpu = duration(figures['cpu_seconds'])
+  on_device = duration(figures['device_seconds'])
+  where = (
+    f'roughly {on_cpu} on two CPU cores'
+    if figures['flops'] < 1e15
+    else f'{on_device} at a sustained {SUSTAINED_RATE / 1e12:.0f} TFLOP/s'
+  )
+  return (
+    f'{figures["runs"]:.0f} runs, {figures["images"] / 1e6:,.3g} million '
+    f'images, {figures["flops"]:.2g} FLOPs; {where}'
+  )
+
+
+def duration(seconds: float) -> str:
+  """Seconds in the unit that people would use.
+
+  >>> duration(90), duration(7200), duration(3e6)
+  ('2 minutes', '2.0 hours', '34.7 days')
+  """
+  if seconds < 3600:
+    return f'{max(seconds / 60, 1):.0f} minutes'
+  if seconds < 48 * 3600:
+    return f'{seconds / 3600:.1f} hours'
+  return f'{seconds / 86400:,.1f} days'
+
+
+if __name__ == '__main__':
+  main()

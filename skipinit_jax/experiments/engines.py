@@ -1,0 +1,112 @@
+"""Engines: where a study's runs are computed, and how many at a time.
+
+Each is a context that gives a function: it starts a run and returns a future
+of the exit status.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from skipinit_jax.errors import InputError
+from skipinit_jax.experiments.grid import Run
+from skipinit_jax.experiments.runner import OUTPUT
+
+# Of a GPU's memory, to all runs on it together.
+MEMORY = 0.9
+Submit = Callable[[Run], concurrent.futures.Future]
+
+
+def run_process(
+  arguments: list[str], folder: str, memory: float, stop: threading.Event
+) -> int:
+  """Trains in a process of its own; returns its exit status.
+
+  Args:
+    arguments: of `python -m skipinit_jax.training`.
+    folder: of the run.
+    memory: share of a GPU's memory that it may take.
+    stop: asks it to save and stop.
+  """
+  Path(folder).mkdir(parents=True, exist_ok=True)
+  command = [
+    *(sys.executable, '-m', 'skipinit_jax.experiments.worker'),
+    *(str(os.getpid()), folder, *arguments),
+  ]
+  environment = os.environ | {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{memory:.3f}'}
+  with open(Path(folder) / OUTPUT, 'w') as output:
+    process = subprocess.Popen(
+      command, env=environment, stdout=output, stderr=output
+    )
+    asked = False
+    while True:
+      try:
+        return process.wait(0.2)
+      except subprocess.TimeoutExpired:
+        if stop.is_set() and not asked:
+          process.terminate()
+          asked = True
+
+
+@contextlib.contextmanager
+def local(workdir: Path, jobs: int) -> Iterator[Submit]:
+  """Runs on this machine, `jobs` at a time."""
+  stop = threading.Event()
+  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+
+    def submit(run: Run) -> concurrent.futures.Future:
+      folder = str(run.folder(workdir))
+      arguments = run.arguments(workdir)
+      return pool.submit(run_process, arguments, folder, MEMORY / jobs, stop)
+
+    try:
+      yield submit
+    except BaseException:
+      stop.set()
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+
+
+@contextlib.contextmanager
+def on_ray(
+  workdir: Path, address: str | None, gpus: float, cpus: float
+) -> Iterator[Submit]:
+  """Runs as tasks of a Ray cluster, which starts lost ones again.
+
+  Args:
+    workdir: that all of the cluster's machines see.
+    address: of the cluster, 'auto' for that of this machine; None: a cluster
+      of this machine alone, for as long as the study runs.
+    gpus, cpus: share of a GPU, and CPUs, of each run.
+  """
+  try:
+    import ray
+  except ImportError:
+    raise InputError(
+      "--engine=ray needs Ray: pip install 'skipinit-jax[ray]'"
+    ) from None
+  try:
+    ray.init(address=address, log_to_driver=False, logging_level='error')
+  except (ConnectionError, ValueError, RuntimeError) as error:
+    first = str(error).strip().splitlines()[0]
+    raise InputError(f'no Ray cluster at {address!r}: {first}') from None
+  workdir = workdir.resolve()
+  memory = MEMORY * (gpus if 0 < gpus < 1 else 1)
+
+  @ray.remote(num_gpus=gpus, num_cpus=cpus, max_retries=-1)
+  def train(arguments: list[str], folder: str) -> int:
+    return run_process(arguments, folder, memory, threading.Event())
+
+  def submit(run: Run) -> concurrent.futures.Future:
+    folder = str(run.folder(workdir))
+    return train.remote(run.arguments(workdir), folder).future()
+
+  try:
+    yield submit
+  finally:
+    ray.shutdown()

@@ -1,0 +1,93 @@
+"""What a study will cost, before it starts."""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from skipinit_jax.ahead_of_time.measure import stand_in
+from skipinit_jax.experiments.grid import TEST, Run, cells, make_run
+from skipinit_jax.experiments.studies import Grid
+from skipinit_jax.training.config import build_model, default_config
+
+# Of a step on two CPU cores, measured on the digits: a layer takes at least
+# this long, and a run so long beside its steps.
+LAYER_SECONDS, RUN_SECONDS = 5e-4, 6.0
+CPU_RATE, SUSTAINED_RATE = 5e10, 1e14  # FLOPs a second.
+
+
+def cost(grid: Grid) -> dict[str, float]:
+  """Runs, images, FLOPs and seconds of a grid, each cell's runs to their end.
+
+  Returns:
+    runs; images that are trained on; flops, of convolutions and matrix
+    products, forward and backward; cpu_seconds, a rough estimate for two CPU
+    cores, one run at a time; device_seconds at SUSTAINED_RATE.
+  """
+  total = dict.fromkeys(('runs', 'images', 'flops', 'cpu_seconds'), 0.0)
+  for cell in cells(grid):
+    run = make_run(grid, cell, grid.rates[0], 0, TEST)
+    runs = (len(grid.rates) + 1) * grid.seeds
+    for name, value in run_cost(run).items():
+      total[name] += runs * value
+  return total | {'device_seconds': total['flops'] / SUSTAINED_RATE}
+
+
+def run_cost(run: Run) -> dict[str, float]:
+  """Images, FLOPs and seconds on a CPU of one run."""
+  config = run.config
+  data = stand_in(config.data)
+  images = config.epochs * data.train_size
+  model = config.model
+  each = image_flops(
+    *(model.name, model.depth, model.width, data.image_shape, data.num_classes)
+  )
+  flops = 3 * each * images
+  by_layers = images / config.batch_size * model.depth * LAYER_SECONDS
+  return {
+    'runs': 1,
+    'images': images,
+    'flops': flops,
+    'cpu_seconds': RUN_SECONDS + max(by_layers, flops / CPU_RATE),
+  }
+
+
+@functools.cache
+def image_flops(
+  name: str,
+  depth: int,
+  width: int | None,
+  image_shape: tuple[int, int, int],
+  num_classes: int,
+) -> float:
+  """FLOPs of one image's forward pass, two a multiplication and addition.
+
+  A deep Wide-ResNet's are those of two shallow ones, drawn on as a line.
+  """
+  if name == 'wide_resnet' and depth > 22:
+    a, b = (
+      image_flops(name, d, width, image_shape, num_classes) for d in (16, 22)
+    )
+    return a + (b - a) * (depth - 16) / 6
+  config = default_config()
+  config.model.name, config.model.depth, config.model.width = name, depth, width
+  model = build_model(config, num_classes, 'cpu')
+  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  total = []
+
+  def count(call, args, kwargs, context):
+    out = call(*args, **kwargs)
+    if isinstance(context.module, nn.Conv | nn.Dense):
+      kernel = context.module.variables['params']['kernel'].shape
+      total.append(2 * math.prod(out.shape[:-1]) * math.prod(kernel))
+    return out
+
+  def forward(key: jax.Array, images: jax.Array) -> Any:
+    with nn.intercept_methods(count):
+      return model.init_with_output(key, images, train=False)[0]
+
+  jax.eval_shape(forward, jax.eval_shape(jax.random.key, 0), images)
+  return float(sum(total))

@@ -1,0 +1,174 @@
+"""Running a study: what can be started is, until nothing is left.
+
+A run is a process of its own that goes on where it was stopped; a finished one
+is never repeated. An engine is a function that starts a run and returns a
+future, see `engines`.
+"""
+
+import concurrent.futures
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from skipinit_jax.errors import InputError
+from skipinit_jax.experiments.grid import Grid, Run
+from skipinit_jax.experiments.selection import (
+  Outcome,
+  read_outcome,
+  total_runs,
+  wanted,
+)
+from skipinit_jax.experiments.studies import Study
+from skipinit_jax.training.lines import write_json
+
+STUDY = 'study.json'
+OUTPUT = 'output.txt'  # What a run printed, in its folder.
+
+
+class Results:
+  """The outcomes in a workdir, read once each.
+
+  Attributes:
+    problems: run's id -> a line on its result, which could not be read.
+  """
+
+  def __init__(self, workdir: Path):
+    self._workdir = workdir
+    self._known: dict[str, Outcome | None] = {}
+    self.problems: dict[str, str] = {}
+
+  def __call__(self, run: Run) -> Outcome | None:
+    """The outcome of a run; None if it is not finished, or can't be read."""
+    if run.id not in self._known:
+      self.read(run)
+    return self._known[run.id]
+
+  def read(self, run: Run) -> Outcome | None:
+    """As a call, but looks again."""
+    self.problems.pop(run.id, None)
+    self._known[run.id] = None
+    try:
+      self._known[run.id] = read_outcome(run.folder(self._workdir))
+    except ValueError as error:
+      self.problems[run.id] = str(error)
+    return self._known[run.id]
+
+
+def open_study(workdir: Path, study: Study, grid: Grid, dataset: str) -> None:
+  """Makes a study's folder, or checks that the one there is of this study.
+
+  Raises:
+    InputError: it holds another study, or another grid.
+  """
+  ours = describe(study, grid, dataset)
+  path = workdir / STUDY
+  if path.exists():
+    theirs = read_study(workdir)
+    for name, value in ours.items():
+      if theirs.get(name) != value:
+        raise InputError(
+          f'{workdir} holds another study: {name} is {theirs.get(name)!r} '
+          f'there, {value!r} here; choose another --workdir'
+        )
+    return
+  if workdir.is_dir() and any(workdir.iterdir()):
+    raise InputError(f'{workdir} is not empty and holds no study')
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, ours)
+  except OSError as error:
+    raise InputError(f'can not write to {workdir}: {error.strerror}') from None
+
+
+def read_study(workdir: Path) -> dict[str, Any]:
+  """What `open_study` wrote; InputError if there is none."""
+  try:
+    return json.loads((workdir / STUDY).read_text())
+  except (OSError, ValueError):
+    raise InputError(
+      f'{workdir} holds no study; start one by `run STUDY --workdir={workdir}`'
+    ) from None
+
+
+def describe(study: Study, grid: Grid, dataset: str) -> dict[str, Any]:
+  """A study and its grid as plain data."""
+  return {
+    'study': study.name,
+    'dataset': dataset,
+    'panels': list(grid.panels.values),
+    'rows': list(grid.rows.values),
+    'columns': list(grid.columns),
+    'rates': list(grid.rates),
+    'seeds': grid.seeds,
+    'overrides': dict(grid.overrides),
+  }
+
+
+def run_study(
+  grid: Grid,
+  workdir: Path,
+  submit: Callable[[Run], concurrent.futures.Future],
+) -> list[str]:
+  """Runs all that is not finished, with a line about each run that ended.
+
+  Args:
+    grid: of the study.
+    workdir: see `open_study`.
+    submit: the engine; its futures give exit statuses.
+
+  Returns:
+    A line on each run that failed, after the others are done.
+  """
+  results = Results(workdir)
+  running: dict[concurrent.futures.Future, Run] = {}
+  started: set[str] = set()
+  failed: list[str] = []
+  total, left = total_runs(grid), len(wanted(grid, results))
+  with progress_bar(total, left) as bar:
+    while True:
+      for run in wanted(grid, results):
+        if run.id not in started:
+          started.add(run.id)
+          running[submit(run)] = run
+      if not running:
+        return failed
+      ended, _ = concurrent.futures.wait(
+        running, return_when=concurrent.futures.FIRST_COMPLETED
+      )
+      for future in ended:
+        run = running.pop(future)
+        outcome = results.read(run)
+        if outcome is None:
+          status = future.exception() or future.result()
+          failed.append(f'{run.title}: {reason(run, workdir, status)}')
+          line = f'failed: {failed[-1]}'
+        else:
+          line = f'{run.title}: {outcome.status}, top-1 {outcome.top1:.4f}'
+          bar.update()
+        bar.set_postfix_str(f'{len(running)} running, {len(failed)} failed')
+        bar.write(line, file=sys.stderr)
+
+
+def progress_bar(total: int, left: int) -> tqdm.tqdm:
+  """One line over the whole study; nothing where there is no terminal."""
+  return tqdm.tqdm(
+    total=total,
+    initial=total - left,
+    disable=None,
+    dynamic_ncols=True,
+    bar_format='{n_fmt}/{total_fmt} runs done, {elapsed} gone, {remaining} left'
+    '{postfix}',
+  )
+
+
+def reason(run: Run, workdir: Path, status: Any) -> str:
+  """Why a run failed: the last line that it printed."""
+  path = run.folder(workdir) / OUTPUT
+  text = path.read_text() if path.exists() else ''
+  lines = [line for line in text.splitlines() if line.strip()]
+  last = lines[-1].removeprefix('error: ') if lines else 'no output'
+  return f'{last} (exit status {status}; {path})'

@@ -1,0 +1,256 @@
+"""Running studies: real runs, stopped, killed, failed and spread out."""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+
+from skipinit_jax.errors import InputError
+from skipinit_jax.experiments import engines, runner
+from skipinit_jax.experiments.grid import TEST, Cell, cells, make_run
+from skipinit_jax.experiments.selection import runs_at, total_runs, wanted
+from skipinit_jax.experiments.studies import DEPTH, Axis, Grid
+
+# Seconds a run, most of it the start of a process.
+GRID = Grid(
+  recipe='synthetic',
+  fields={'epochs': 3.0, 'model.depth': 10},
+  rows=Axis('batch', {str(b): {'batch_size': b} for b in (16, 32)}),
+  columns=('skipinit',),
+  rates=(-6, 40),
+  validation=8,
+  seeds=1,
+  best=1,
+)
+
+
+def result(top1=0.5):
+  return {
+    **{'status': 'completed', 'eval': {'top1': top1, 'loss': 1.0}},
+    **{'last_train': {'loss': 1.0}, 'chance': 0.1, 'eval_size': 40},
+    **{'seconds': 1.0, 'steps': 4},
+  }
+
+
+class Instant:
+  """An engine that writes results at once; some runs fail."""
+
+  def __init__(self, workdir, fails=lambda run: False):
+    self.workdir, self.fails, self.runs = workdir, fails, []
+
+  def __call__(self, run):
+    self.runs.append(run)
+    folder = run.folder(self.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    future = concurrent.futures.Future()
+    if self.fails(run):
+      (folder / runner.OUTPUT).write_text('some\nerror: the disk is full\n')
+      future.set_result(1)
+    else:
+      (folder / 'result.json').write_text(json.dumps(result()))
+      future.set_result(0)
+    return future
+
+
+def test_all_is_run_once_and_never_again(tmp_path):
+  engine = Instant(tmp_path)
+  assert runner.run_study(GRID, tmp_path, engine) == []
+  assert len(engine.runs) == len({r.id for r in engine.runs}) == 6
+  assert total_runs(GRID) == 6
+  assert [r.split for r in engine.runs].count(TEST) == 2
+  again = Instant(tmp_path)
+  assert runner.run_study(GRID, tmp_path, again) == []
+  assert again.runs == []
+
+
+def test_a_failed_run_is_named_the_others_finish_and_it_is_tried_again(
+  tmp_path, capsys
+):
+  engine = Instant(tmp_path, fails=lambda run: run.cell.row == '16')
+  failed = runner.run_study(GRID, tmp_path, engine)
+  assert len(failed) == 2
+  assert '16, skipinit, 2^-6, seed 0, validation' in failed[0]
+  assert 'the disk is full (exit status 1; ' in failed[0]
+  assert len(engine.runs) == 5
+  assert capsys.readouterr().err.count('failed: ') == 2
+  again = Instant(tmp_path)
+  assert runner.run_study(GRID, tmp_path, again) == []
+  assert len(again.runs) == 3
+
+
+def test_a_result_that_can_not_be_read_is_run_again(tmp_path):
+  runner.run_study(GRID, tmp_path, Instant(tmp_path))
+  broken = make_run(GRID, Cell('', '16', 'skipinit'), -6, 0, TEST)
+  (broken.folder(tmp_path) / 'result.json').write_text('{')
+  results = runner.Results(tmp_path)
+  assert [r.id for r in wanted(GRID, results)] == [broken.id]
+  assert list(results.problems) == [broken.id]
+  again = Instant(tmp_path)
+  runner.run_study(GRID, tmp_path, again)
+  assert [r.id for r in again.runs] == [broken.id]
+
+
+def test_a_folder_of_another_study_or_grid_is_refused(tmp_path):
+  runner.open_study(tmp_path / 'study', DEPTH, GRID, 'digits')
+  runner.open_study(tmp_path / 'study', DEPTH, GRID, 'digits')  # Goes on.
+  for name, other in (
+    ('seeds', dataclasses.replace(GRID, seeds=2)),
+    ('rates', dataclasses.replace(GRID, rates=(-6,))),
+    ('overrides', dataclasses.replace(GRID, overrides={'epochs': 1.0})),
+  ):
+    with pytest.raises(InputError, match=f'another study: {name} is'):
+      runner.open_study(tmp_path / 'study', DEPTH, other, 'digits')
+  (tmp_path / 'mine.txt').write_text('')
+  with pytest.raises(InputError, match='is not empty and holds no study'):
+    runner.open_study(tmp_path, DEPTH, GRID, 'digits')
+  with pytest.raises(InputError, match='holds no study; start one by'):
+    runner.read_study(tmp_path)
+
+
+# Real processes.
+
+
+def outcomes(workdir):
+  results = runner.Results(workdir)
+  return {
+    cell.row: [
+      results(r)
+      for rate in GRID.rates
+      for r in runs_at(GRID, cell, rate, 'validation')
+    ]
+    for cell in cells(GRID)
+  }
+
+
+def test_a_study_of_real_runs(tmp_path):
+  with engines.local(tmp_path, jobs=2) as submit:
+    assert runner.run_study(GRID, tmp_path, submit) == []
+  for good, bad in outcomes(tmp_path).values():
+    assert (good.status, bad.status) == ('completed', 'diverged')
+  run = make_run(GRID, Cell('', '16', 'skipinit'), -6, 0, TEST)
+  lines = (run.folder(tmp_path) / runner.OUTPUT).read_text().splitlines()
+  assert lines[-1].startswith('completed after 12 steps')
+
+
+STUDY = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_experiments import GRID
+from skipinit_jax.experiments import engines, runner
+import dataclasses
+grid = dataclasses.replace(GRID, overrides={{'epochs': 2000.0}})
+workdir = Path({workdir!r})
+with engines.local(workdir, jobs=2) as submit:
+  runner.run_study(grid, workdir, submit)
+"""
+LONG = dataclasses.replace(GRID, overrides={'epochs': 2000.0})
+
+
+def start_long(workdir):
+  """A runner whose runs go on for minutes, when two have made steps."""
+  code = STUDY.format(tests=str(ROOT / 'tests'), workdir=str(workdir))
+  process = subprocess.Popen(
+    [sys.executable, '-c', code],
+    env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''},
+    stderr=subprocess.DEVNULL,
+  )
+  end = time.monotonic() + 120
+  while len(stepping := steps_of(workdir)) < 2:
+    assert process.poll() is None
+    assert time.monotonic() < end
+    time.sleep(0.1)
+  return process, stepping
+
+
+def steps_of(workdir):
+  """Folder of a run -> its last logged step."""
+  found = {}
+  for path in workdir.glob('runs/*/metrics.jsonl'):
+    lines = path.read_text().splitlines()
+    if len(lines) > 3:
+      found[path.parent] = json.loads(lines[-2])['step']
+  return found
+
+
+def alive(folder):
+  """Whether a process trains in a folder."""
+  for path in Path('/proc').glob('[0-9]*/cmdline'):
+    try:
+      if f'--workdir={folder}'.encode() in path.read_bytes():
+        return True
+    except OSError:
+      continue
+  return False
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_a_runner_that_ends_takes_its_runs_along_and_they_are_saved(
+  tmp_path, number
+):
+  process, before = start_long(tmp_path)
+  process.send_signal(number)
+  process.wait(60)
+  end = time.monotonic() + 60
+  while any(map(alive, before)):
+    assert time.monotonic() < end, 'a run outlived its runner'
+    time.sleep(0.1)
+  for folder, step in before.items():
+    saved = [p.name for p in (folder / 'checkpoints').iterdir()]
+    output = (folder / runner.OUTPUT).read_text()
+    assert max(int(n) for n in saved if n.isdecimal()) >= step, output
+
+
+@pytest.mark.slow
+def test_ray_starts_the_runs_of_a_lost_worker_again(tmp_path):
+  ray = pytest.importorskip('ray')
+  grid = dataclasses.replace(GRID, rates=(-6,), overrides={'epochs': 300.0})
+  ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+  try:
+    with (
+      engines.on_ray(tmp_path, 'auto', gpus=0, cpus=1) as submit,
+      concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+      done = pool.submit(runner.run_study, grid, tmp_path, submit)
+      end = time.monotonic() + 180
+      while not steps_of(tmp_path):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+      folder = next(iter(steps_of(tmp_path)))
+      os.kill(worker_of(folder), signal.SIGKILL)
+      assert done.result(timeout=500) == []
+  finally:
+    ray.shutdown()
+  results = runner.Results(tmp_path)
+  assert wanted(grid, results) == []
+  # The lost one went on from what it saved when its worker was killed.
+  assert 'from step' in (folder / runner.OUTPUT).read_text()
+
+
+def worker_of(folder):
+  """The process that started the training in a folder."""
+  for path in Path('/proc').glob('[0-9]*/cmdline'):
+    try:
+      if f'--workdir={folder}'.encode() in path.read_bytes():
+        stat = (path.parent / 'stat').read_text()
+        return int(stat.rpartition(')')[2].split()[1])
+    except OSError:
+      continue
+  raise AssertionError('nothing trains there')
+
+
+def test_ray_that_is_missing_says_how_to_install_it(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'ray', None)
+  with (
+    pytest.raises(InputError, match=r"pip install 'skipinit-jax\[ray\]'"),
+    engines.on_ray(tmp_path, None, 0, 1),
+  ):
+    pass
