@@ -19,7 +19,7 @@ STYLES = {
   'skipinit': Style('#0072B2', 'o', '-'),
   'skipinit_sqrt': Style('#56B4E9', '^', '-'),
   'skipinit_1': Style('#CC79A7', 'v', '--'),
-  'skipinit_no_l2': Style('#882255', 'P', '-.'),
+  'skipinit_no_l2': Style('#AA4499', 'P', '-.'),
   'batchnorm': Style('#E69F00', 's', '--'),
   'fixup': Style('#009E73', 'D', '-.'),
   'divide_sqrt2': Style('#999933', '<', ':'),

@@ -1,5 +1,6 @@
 """Recipes that can't run are refused in one line with the remedy."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,9 +9,10 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
-from skipinit_jax.models.methods import METHODS
+from skipinit_jax.models.methods import METHODS, Method
 from skipinit_jax.training import processes, startup
 from skipinit_jax.training.config import (
+  build_method,
   build_model,
   check_config,
   default_config,
@@ -204,6 +206,24 @@ def test_alpha_is_a_finite_number_or_the_root(alpha):
 def test_alpha_is_for_methods_that_have_one(method):
   config = recipe(model__alpha='0.5', model__method=method)
   assert method in refused(build_model, config, 10)
+
+
+def test_parts_of_a_method_can_be_changed():
+  base = recipe(model__method='fixup')
+  assert build_method(base) == METHODS['fixup']
+  for name in ('zero_last', 'rescale', 'scalar_biases'):
+    config = recipe(model__method='fixup', **{f'model__{name}': False})
+    expected = dataclasses.replace(METHODS['fixup'], **{name: False})
+    assert build_method(config) == build_model(config, 10).method == expected
+  config = recipe(model__method='fixup', model__alpha='none')
+  assert build_method(config).alpha is None
+  config = recipe(model__method='none', model__zero_last=True)
+  assert build_method(config) == Method(zero_last=True)
+
+
+def test_scalar_biases_are_for_the_block_that_has_them():
+  config = recipe(model__method='skipinit', model__scalar_biases=True)
+  assert 'for fixup, not for skipinit' in refused(build_model, config, 10)
 
 
 @pytest.mark.parametrize(

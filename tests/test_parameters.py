@@ -13,8 +13,10 @@ from skipinit_jax.models import (
   METHODS,
   ResNet,
   WideResNet,
+  alphas,
   decay_mask,
   param_labels,
+  stack_blocks,
 )
 from skipinit_jax.models.parameters import LEAVES, count_parameters
 
@@ -158,3 +160,24 @@ def test_counts_are_arrays_and_elements_by_name():
     leaf.size for leaf in jax.tree.leaves(params_of(MODELS['wide'], 'skipinit'))
   )
   assert sum(elements for _, elements in unrolled.values()) == total
+
+
+def test_alphas_are_in_the_order_of_the_blocks_in_both_forms():
+  params = jax.tree.map(
+    lambda x: np.zeros(x.shape), params_of(MODELS['wide'], 'skipinit')
+  )
+  numbers = iter(range(100))
+  for stage in (1, 2, 3):
+    blocks = params[f'stage{stage}']
+    for name in sorted(blocks, key=lambda n: int(n.removeprefix('block'))):
+      blocks[name]['conv2']['alpha'] = np.float32(next(numbers))
+  got = alphas(params)
+  assert [float(v) for v in got.values()] == [*range(len(got))]
+  assert next(iter(got)) == 'stage1/block1'
+  stacked = alphas(stack_blocks(params))
+  assert {k: float(v) for k, v in stacked.items()} == got
+  assert [*stacked] == [*got]
+  # Block 10 comes after block 9.
+  deep = {f'block{i}': {'out': {'alpha': np.float32(i)}} for i in range(1, 12)}
+  assert [*alphas({'body': deep})] == [f'body/block{i}' for i in range(1, 12)]
+  assert alphas({'dense': {'kernel': 1}}) == {}

@@ -113,6 +113,7 @@ def test_imagenet_rows_are_those_of_the_recipe():
       ours = make_run(grid, Cell('', str(batch), column), 0, 0, TEST).config
       theirs = load_recipe(f'imagenet:{row},batch={batch}')
       theirs.log_alphas, theirs.diverged_status = True, 0
+      theirs.eval_every_epochs = 90.0
       assert ours.to_dict() == theirs.to_dict()
 
 
@@ -358,6 +359,17 @@ def test_a_result_that_can_not_be_read_is_named(tmp_path):
   (tmp_path / 'result.json').write_text('{"status": "completed"}')
   with pytest.raises(ValueError, match="KeyError\\('eval'\\)"):
     read_outcome(tmp_path)
+  text = '{"status": "completed", "eval": {"top1": null}}'
+  (tmp_path / 'result.json').write_text(text)
+  with pytest.raises(ValueError, match='TypeError'):
+    read_outcome(tmp_path)
+
+
+def test_the_test_split_is_looked_at_once():
+  for dataset, epochs in (('digits', 8), ('cifar10', 200)):
+    _, grid = find_study('depth', dataset)
+    config = make_run(grid, next(cells(grid)), -4, 0, TEST).config
+    assert config.eval_every_epochs == config.epochs == epochs
 
 
 # Cost.

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from runs import last_state
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
@@ -26,7 +27,7 @@ TRAIN_KEYS = {
 }
 RESULT_KEYS = {
   *('status', 'eval', 'best_eval', 'steps', 'parameters', 'seconds'),
-  *('versions', 'device', 'revision'),
+  *('versions', 'device', 'revision', 'last_train', 'eval_size', 'chance'),
 }
 FILES = {'config.json', 'metrics.jsonl', 'result.json'}
 FILES |= {'tensorboard', 'checkpoints'}
@@ -84,6 +85,13 @@ def test_result_has_its_keys_and_the_run_its_files(done):
     hits = result[name]['top1'] * 29  # A fraction of 29 images.
     assert hits == pytest.approx(round(hits))
   assert result['versions']['jax'] == jax.__version__
+  trained = [line for line in read_metrics(workdir) if 'loss' in line][-1]
+  assert result['last_train'].items() <= trained.items()
+  assert result['last_train']['step'] == 12
+  labels = open_dataset(config.data).eval_labels
+  counts = [int((labels == c).sum()) for c in range(10)]
+  assert result['eval_size'] == sum(counts) == 29
+  assert result['chance'] == pytest.approx(max(counts) / 29)
   written = strict((workdir / 'config.json').read_text())
   assert written == json.loads(dumps(config.to_dict()))
 
@@ -104,6 +112,28 @@ def test_metrics_have_their_keys_at_their_steps(done):
   assert {**evaluations[-1]['eval'], 'step': 12} == result['eval']
   best = max(line['eval']['top1'] for line in evaluations)
   assert result['best_eval']['top1'] == best
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_scalars_are_logged_by_block_where_asked(scan, tmp_path):
+  config = recipe(log_alphas=True, model__scan=scan, model__depth=16)
+  train(config, tmp_path / 'run')
+  lines = [x for x in read_metrics(tmp_path / 'run') if 'alpha' in x]
+  assert [line['step'] for line in lines] == [4, 8, 12]
+  blocks = [f'stage{s}/block{b}' for s in (1, 2, 3) for b in (1, 2)]
+  assert all([*line['alpha']] == blocks for line in lines)
+  # The last line is of the parameters at the end.
+  state = last_state(tmp_path / 'run')
+  for block, value in lines[-1]['alpha'].items():
+    stage, number = block.split('/block')
+    if scan and number == '2':
+      leaf = state[f"['params']['{stage}']['blocks']['conv2']['alpha']"][0]
+    else:
+      leaf = state[f"['params']['{stage}']['block{number}']['conv2']['alpha']"]
+    assert value == pytest.approx(float(leaf), rel=1e-6)
+    assert value != 0
+  train(recipe(log_alphas=True, model__method='none'), tmp_path / 'other')
+  assert not any('alpha' in x for x in read_metrics(tmp_path / 'other'))
 
 
 def test_tensorboard_events_hold_the_metrics(done):

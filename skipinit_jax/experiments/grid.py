@@ -120,6 +120,9 @@ def make_run(grid: Grid, cell: Cell, rate: int, seed: int, split: str) -> Run:
     grid.overrides,
   ):
     fields |= {k: v(fields) if callable(v) else v for k, v in part.items()}
+  if split == TEST:  # Which is looked at once.
+    epochs = fields.get('epochs', load_recipe(grid.recipe).epochs)
+    fields['eval_every_epochs'] = epochs
   return Run(cell, rate, seed, split, grid.recipe, fields)
 
 

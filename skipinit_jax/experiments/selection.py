@@ -107,7 +107,7 @@ def read_outcome(folder: Path) -> Outcome | None:
     diverged = result['status'] == 'diverged'
     return Outcome(
       status=result['status'],
-      top1=0.0 if diverged else result['eval']['top1'],
+      top1=0.0 if diverged else float(result['eval']['top1']),
       loss=None if diverged else result['eval']['loss'],
       train_loss=None if diverged else result['last_train']['loss'],
       chance=result['chance'],

@@ -1,0 +1,347 @@
+"""The report of a study, from results whose numbers are known."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell, cells
+from skipinit_jax.experiments.report import write_report
+from skipinit_jax.experiments.selection import runs_at
+from skipinit_jax.experiments.studies import Axis, Grid, Study
+from skipinit_jax.published import FAILS, Accuracy
+
+EVIL = '<script>alert(1)</script>&"|`$x$'
+RATES = (-3, -2, -1)
+# On the held out images: -1 is within error of -2, and -3 is not.
+TUNING = {-3: 0.80, -2: 0.90, -1: 0.885}
+SHIFT = 0.01  # Of the seeds, to either side; so the error is 1 %.
+TESTED = {'16': 0.935, '100': 0.9}
+UNFINISHED = Cell('', '100', 'skipinit')
+
+
+def make_grid(**changes):
+  return Grid(
+    **{
+      'recipe': 'digits',
+      'fields': {'log_alphas': True},
+      'rows': Axis('depth', {r: {'model.depth': int(r)} for r in TESTED}),
+      'columns': ('batchnorm', 'skipinit', 'none'),
+      'rates': RATES,
+      **{'validation': 240, 'seeds': 2, 'best': 2},
+      'choices': f'Chosen: {EVIL}',
+      **changes,
+    }
+  )
+
+
+def make_study(grid, **changes):
+  return Study(
+    **{
+      **{'name': 'made_up', 'title': 'A made up study', 'question': 'Why?'},
+      'grids': {'cifar10': grid, 'digits': grid},
+      'published': {
+        'batchnorm': {16: Accuracy(93.1, 0.2, -2, (-3, -2))},
+        'none': {16: Accuracy(92.0, 0.1, -2, (-2, -2)), 100: FAILS},
+      },
+      'source': 'A paper, table 7',
+      **changes,
+    }
+  )
+
+
+def result(top1, diverged, images):
+  evaluation = {'top1': top1, 'top5': 1.0, 'loss': 2 * (1 - top1), 'step': 60}
+  return {
+    'status': 'diverged' if diverged else 'completed',
+    **{'eval': evaluation, 'best_eval': evaluation, 'eval_size': images},
+    'last_train': {'step': 60, 'loss': 0.125, 'top1': 1.0},
+    **{'chance': 0.1, 'steps': 60, 'parameters': 1, 'seconds': 10.0},
+    'versions': {'jax': '0.12.0'},
+    **{'device': '1 x abacus', 'revision': 'abc123'},
+  }
+
+
+def metrics(diverged, scalars):
+  for step in range(10, 70, 10):
+    line = {'step': step, 'epoch': step / 10}
+    yield {**line, 'loss': 2.0**-step, 'top1': 0.5, 'learning_rate': 0.1}
+    if diverged:
+      return
+    if scalars:
+      yield {**line, 'alpha': {f'block{i}': i * step for i in range(6)}}
+  yield {'step': 60, 'epoch': 6.0, 'eval': {'top1': 0.9, 'loss': 0.1}}
+
+
+def write_run(workdir, run, top1, diverged):
+  folder = run.folder(workdir)
+  folder.mkdir(parents=True)
+  (folder / 'config.json').write_text('{}')
+  images = 360 if run.split == TEST else 240
+  values = result(top1, diverged, images)
+  (folder / 'result.json').write_text(json.dumps(values))
+  scalars = run.cell.column == 'skipinit'
+  lines = map(json.dumps, metrics(diverged, scalars))
+  (folder / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
+
+
+def write_runs(workdir, grid):
+  """All runs but those of one rate of UNFINISHED, one of them broken."""
+  for cell in cells(grid):
+    lost = cell.column == 'none'
+    for rate in grid.rates:
+      runs = runs_at(grid, cell, rate, VALIDATION)
+      if cell == UNFINISHED and rate == -1:
+        folder = runs[0].folder(workdir)
+        folder.mkdir(parents=True)
+        (folder / 'result.json').write_text('{"status"')
+        continue
+      for run in runs:
+        top1 = TUNING[rate] + SHIFT * (2 * run.seed - 1)
+        write_run(workdir, run, top1, lost)
+    if cell != UNFINISHED:
+      for run in runs_at(grid, cell, -2 if not lost else -3, TEST):
+        top1 = TESTED[cell.row] + 0.001 * (2 * run.seed - 1)
+        write_run(workdir, run, top1, lost)
+
+
+class Page(HTMLParser):
+  """What a page is made of."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.ids, self.links, self.data = [], [], [], []
+    self.tables, self.open = [], []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    attrs = dict(attrs)
+    self.tags.append((tag, attrs))
+    self.ids += [attrs['id']] if 'id' in attrs else []
+    self.links += [attrs['href']] if tag == 'a' else []
+    if tag == 'table':
+      self.tables.append([])
+    elif tag == 'tr':
+      self.tables[-1].append([])
+    elif tag in ('td', 'th'):
+      self.tables[-1][-1].append('')
+    elif tag == 'small':
+      self.tables[-1][-1][-1] += ' '
+    self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    while self.open and self.open.pop() != tag:
+      pass
+
+  def handle_data(self, data):
+    self.data.append(data)
+    if {'td', 'th'} & set(self.open):
+      self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture(scope='module')
+def reported(tmp_path_factory):
+  """The workdir, page and Markdown of the study."""
+  workdir = tmp_path_factory.mktemp('study')
+  grid = make_grid(overrides={'compilation_cache': EVIL})
+  write_runs(workdir, grid)
+  path = write_report(make_study(grid), grid, 'cifar10', workdir, ['A worry'])
+  assert path == workdir / 'report.html'
+  return workdir, Page(path.read_text()), (workdir / 'report.md').read_text()
+
+
+def test_cells_are_in_the_papers_form(reported):
+  _, page, _ = reported
+  rate = '2−2 (2−2 to 2−1)'  # noqa: RUF001
+  assert page.tables[0] == [
+    ['depth', 'BatchNorm', 'SkipInit 0', 'Neither'],
+    ['accuracy (%)', 'optimal rate'] * 3,
+    ['16', '93.5 ± 0.1', rate, '93.5 ± 0.1', rate, '–', '–'],  # noqa: RUF001
+    [
+      *('100', '90.0 ± 0.1', rate, '2 of 3 rates done', ''),
+      *('–', '–'),  # noqa: RUF001
+    ],
+  ]
+  assert ('sup', {}) in page.tags
+  text = ''.join(page.data)
+  assert text.count('all 6 runs diverged') == 2
+  assert 'Unfinished: 1 of 6 cells are not done. 2 problems' in text
+
+
+def test_ours_stands_beside_the_published(reported):
+  _, page, _ = reported
+  assert [[row[0], *row[1:4]] for row in page.tables[1][1:]] == [
+    # 93.5 - 93.1, and the root of 0.1² + 0.2².
+    ['depth 16, BatchNorm', '93.5 ± 0.1', '93.1 ± 0.2', '+0.4 ± 0.2'],
+    ['depth 16, SkipInit 0', '93.5 ± 0.1', 'not published', ''],
+    [
+      *('depth 16, Neither', '–', '92.0 ± 0.1'),  # noqa: RUF001
+      'theirs trains, ours does not',
+    ],
+    ['depth 100, BatchNorm', '90.0 ± 0.1', 'not published', ''],
+    ['depth 100, SkipInit 0', '2 of 3 rates done', 'not published', ''],
+    ['depth 100, Neither', '–', '–', 'both do not train'],  # noqa: RUF001
+  ]
+  rates = page.tables[1][1][5]
+  assert rates == '2−2 (2−3 to 2−2)'  # noqa: RUF001
+
+
+def test_markdown_says_the_same(reported):
+  _, page, text = reported
+  powers = str.maketrans('⁻⁰¹²³⁴⁵⁶⁷⁸⁹', '−0123456789')  # noqa: RUF001
+  lines = [
+    [part.strip() for part in line.translate(powers).split('|')[1:-1]]
+    for line in text.splitlines()
+    if line.startswith('| ') and not line.startswith('| ---')
+  ]
+  first, second = page.tables[:2]
+  assert lines == [lines[0], *first[2:], *second]
+  assert 'A worry' in text
+  for name in re.findall(r'\]\((figures/.*)\)', text):
+    assert (reported[0] / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_what_was_tuned_on_which_split_is_said(reported):
+  text = ''.join(reported[1].data)
+  for words in (
+    'trained at 3 learning rates',
+    '240 training images held out',
+    'The test split was looked at once',
+    'standard error of the mean of 2 seeds',
+    # Two runs a rate and cell; of one cell a rate and the tests lack.
+    '44 of 48 done, 16 of these diverged; 7 minutes',
+    '1 x abacus',
+    'abc123',
+    'jax 0.12.0',
+    'A paper, table 7',
+  ):
+    assert words in text, words
+
+
+def test_strings_are_text_and_never_elements(reported):
+  _, page, text = reported
+  assert 'script' not in {tag for tag, _ in page.tags}
+  assert ''.join(page.data).count(EVIL) == 48  # 46 commands, two facts.
+  prose = re.sub('(`{3,})sh\n.*?\n\\1', '', text, flags=re.DOTALL)
+  assert '&lt;script&gt;' in prose
+  assert '<script>' not in prose
+
+
+def test_every_cell_links_to_its_runs(reported):
+  workdir, page, _ = reported
+  anchors = {link[1:] for link in page.links if link.startswith('#')}
+  assert anchors <= set(page.ids)
+  assert len(set(page.ids)) == len(page.ids)
+  assert len([a for a in anchors if a.startswith('runs-')]) == 6
+  files = [link for link in page.links if not link.startswith('#')]
+  # Three of each run, and the broken result.
+  assert len(files) == len(set(files)) == 3 * 44 + 1
+  assert all((workdir / link).is_file() for link in files)
+  commands = [
+    row[-1] for table in page.tables for row in table if len(row) == 10
+  ]
+  assert sum('python -m skipinit_jax.training' in c for c in commands) == 46
+
+
+def test_a_broken_result_is_a_problem_and_no_error(reported):
+  _, page, text = reported
+  broken = runs_at(
+    make_grid(overrides={'compilation_cache': EVIL}), UNFINISHED, -1, VALIDATION
+  )[0]
+  assert f'runs/{broken.id}/result.json' in ''.join(page.data)
+  assert 'JSONDecodeError' in text
+
+
+def test_nothing_is_loaded_from_outside(reported):
+  workdir, page, _ = reported
+  policy = [
+    attrs['content']
+    for tag, attrs in page.tags
+    if tag == 'meta' and attrs.get('http-equiv') == 'Content-Security-Policy'
+  ]
+  assert policy[0].startswith("default-src 'none'")
+  for tag, attrs in page.tags:
+    assert tag not in {'script', 'link', 'iframe', 'img', 'base', 'object'}
+    for name in ('src', 'srcset', 'data', 'xlink:href'):
+      assert attrs.get(name, '#').startswith(('#', 'data:')), attrs
+  style = (workdir / 'report.html').read_text().split('<style>')[1]
+  assert '@import' not in style.split('</style>')[0]
+
+
+def test_figures_show_all_that_is_done(reported):
+  workdir, page, _ = reported
+  names = {path.stem for path in (workdir / 'figures').glob('*.svg')}
+  assert names == {
+    'accuracy',
+    *('rates-depth-16', 'rates-depth-100'),
+    *('loss-depth-16', 'loss-depth-100'),
+    'alpha-depth-16-skipinit-0',
+  }
+  drawn = [attrs for tag, attrs in page.tags if tag == 'svg']
+  assert len(drawn) == len(names)
+  assert all(a['role'] == 'img' and a['aria-label'] for a in drawn)
+  text = ''.join(page.data)
+  assert 'Not done, so not drawn: depth 100, SkipInit 0.' in text
+  svg = (workdir / 'figures' / 'accuracy.svg').read_text()
+  assert 'currentColor' in svg
+  assert '#010203' not in svg
+  assert '>chance</text>' in svg
+
+
+def test_another_data_set_has_the_published_apart_without_differences(tmp_path):
+  grid = make_grid()
+  write_runs(tmp_path, grid)
+  write_report(make_study(grid), grid, 'digits', tmp_path)
+  page = Page((tmp_path / 'report.html').read_text())
+  assert page.tables[1] == [
+    ['depth', 'BatchNorm', 'Neither'],
+    ['16', '93.1 ± 0.2', '92.0 ± 0.1'],
+    ['100', 'not published', '–'],  # noqa: RUF001
+  ]
+  text = ''.join(page.data)
+  assert 'Published for CIFAR-10 (another data set and setting)' in text
+  assert 'difference' not in text
+
+
+def test_losses_and_stable_rates_with_a_unit_and_panels(tmp_path):
+  panels = Axis('budget', {'short': {}, 'long': {'epochs': 3.0}})
+  grid = make_grid(unit=0.1, panels=panels, seeds=1, best=1)
+  write_runs(tmp_path, grid)
+  study = make_study(grid, published={}, rates_curve=True)
+  write_report(study, grid, 'cifar10', tmp_path)
+  page = Page((tmp_path / 'report.html').read_text())
+  assert page.tables[1][2] == [
+    *('16', '0.125', '2−1 × 0.1 (largest tried)'),  # noqa: RUF001
+    *('0.125', '2−1 × 0.1 (largest tried)'),  # noqa: RUF001
+    *('–', 'none'),  # noqa: RUF001
+  ]
+  # One seed of 360 images: the root of 0.934 * 0.066 / 360 is 1.3 %.
+  assert page.tables[0][2][1] == '93.4 ± 1.3'
+  text = ''.join(page.data)
+  assert 'Training loss at the end and largest stable learning rate' in text
+  assert 'optimal learning rate, long' in text
+  assert 'one seed enters, so it says nothing about seeds' in text
+  assert (tmp_path / 'figures' / 'optimal-rates-short.svg').exists()
+
+
+def test_metrics_that_can_not_be_read_are_a_problem_and_no_error(tmp_path):
+  grid = make_grid()
+  write_runs(tmp_path, grid)
+  run = runs_at(grid, Cell('', '16', 'skipinit'), -2, TEST)[0]
+  path = run.folder(tmp_path) / 'metrics.jsonl'
+  path.write_text('{"no": "step"}\n')
+  write_report(make_study(grid), grid, 'cifar10', tmp_path)
+  page = Page((tmp_path / 'report.html').read_text())
+  assert f"{path}: KeyError('step')" in page.data
+  assert page.tables[0][2][3] == '93.5 ± 0.1'
+
+
+def test_a_study_that_has_just_begun_has_a_report(tmp_path):
+  grid = make_grid()
+  write_report(make_study(grid), grid, 'cifar10', tmp_path)
+  page = Page((tmp_path / 'report.html').read_text())
+  assert page.tables[0][2][1] == '0 of 3 rates done'
+  text = ''.join(page.data)
+  assert 'Nothing to draw yet.' in text
+  assert '0 of 48 done, 0 of these diverged' in text
