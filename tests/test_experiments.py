@@ -14,10 +14,11 @@ import pytest
 from runs import ROOT
 
 from skipinit_jax.errors import InputError
+from skipinit_jax.experiments import __main__ as cli
 from skipinit_jax.experiments import engines, runner
 from skipinit_jax.experiments.grid import TEST, Cell, cells, make_run
 from skipinit_jax.experiments.selection import runs_at, total_runs, wanted
-from skipinit_jax.experiments.studies import DEPTH, Axis, Grid
+from skipinit_jax.experiments.studies import DEPTH, STUDIES, Axis, Grid
 
 # Seconds a run, most of it the start of a process.
 GRID = Grid(
@@ -254,3 +255,110 @@ def test_ray_that_is_missing_says_how_to_install_it(tmp_path, monkeypatch):
     engines.on_ray(tmp_path, None, 0, 1),
   ):
     pass
+
+
+# The command line.
+
+
+def command(capsys, *args):
+  """Exit status, standard output and standard error of a command."""
+  status = 0
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, 'argv', ['experiments', *args])
+    try:
+      cli.main()
+    except SystemExit as end:
+      status = end.code
+  out, err = capsys.readouterr()
+  return status, out, err
+
+
+@pytest.fixture
+def tiny_study(monkeypatch, tmp_path):
+  """The depth study with the grid above in place of its own on digits."""
+  study = dataclasses.replace(DEPTH, grids={'synthetic': GRID})
+  monkeypatch.setitem(STUDIES, 'depth', study)
+  monkeypatch.chdir(tmp_path)
+  return ['depth', '--dataset=synthetic', '--workdir=study']
+
+
+def test_a_study_from_the_command_line(tiny_study, tmp_path, capsys):
+  shorter = '--config.epochs=2'
+  status, _, err = command(capsys, 'status', *tiny_study)
+  assert (status, err.count('\n')) == (2, 1)
+  assert 'study holds no study; start one by' in err
+
+  status, out, err = command(
+    capsys, 'run', *tiny_study, '--engine=print', shorter
+  )
+  assert status == 0
+  commands = out.splitlines()
+  assert len(commands) == 4
+  assert all('--config.epochs=2.0' in c for c in commands)
+  assert '4 commands; rates are chosen from these' in err
+
+  status, _, err = command(capsys, 'run', *tiny_study)
+  assert status == 2
+  assert 'holds another study: overrides is' in err
+
+  # What was printed is what would be run.
+  run = subprocess.run(
+    [sys.executable, *commands[0].split()[1:]],
+    env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert run.returncode == 0, run.stderr
+  assert (
+    '1 of 6 runs done, 0 begun' in command(capsys, 'status', *tiny_study)[1]
+  )
+
+  status, out, err = command(capsys, 'run', *tiny_study, '--jobs=2', shorter)
+  assert status == 0, err
+  assert 'batch: 16, 32' in err
+  assert '3 runs to start with, 6 runs, ' in err
+  assert err.count(', top-1 ') == 5
+  assert out.strip() == 'study/report.html'
+  assert (
+    '6 of 6 runs done, 0 begun' in command(capsys, 'status', *tiny_study)[1]
+  )
+  # The report knows what the study was run with.
+  (tmp_path / 'study' / 'report.html').unlink()
+  assert command(capsys, 'report', *tiny_study)[0] == 0
+  assert 'epochs=2.0' in (tmp_path / 'study' / 'report.html').read_text()
+
+
+@pytest.mark.parametrize(
+  ('args', 'line'),
+  [
+    (['run', 'dept'], "unknown study 'dept'; did you mean 'depth'?"),
+    (['run', 'depth', '--dataset=digit'], "data set of depth 'digit'; did"),
+    (['run', 'depth', '--jobs=0'], '--jobs=0 must be 1 or more'),
+    (['run', 'depth', '--config.epoch=1'], "no field 'epoch'; did you mean"),
+    (['run', 'depth', '--config.batch_size=0'], 'batch_size=0 must be more'),
+    (
+      ['run', 'depth', '--dataset=cifar10', '--config.data.dir=/nowhere'],
+      'no cifar10 in /nowhere; run: python -m skipinit_jax.data prepare',
+    ),
+    (['report', 'depth'], 'runs/depth-digits holds no study'),
+    (['list', '--config.epochs=1'], "unexpected argument '--config.epochs=1'"),
+  ],
+)
+def test_a_mistake_is_one_line(args, line, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  status, out, err = command(capsys, *args)
+  assert (status, out) == (2, '')
+  assert line in err
+  assert err.startswith('error: ')
+  assert err.count('\n') == 1
+  assert [*tmp_path.iterdir()] == []
+
+
+def test_the_list_names_every_study_and_its_price(capsys):
+  status, out, _ = command(capsys, 'list')
+  assert status == 0
+  for name, study in STUDIES.items():
+    assert f'{name}: ' in out
+    assert out.count('--dataset=') >= len(study.grids)

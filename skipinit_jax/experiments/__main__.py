@@ -30,6 +30,7 @@ from skipinit_jax.experiments.runner import (
 from skipinit_jax.experiments.selection import (
   TEST,
   VALIDATION,
+  known_runs,
   runs_at,
   total_runs,
   wanted,
@@ -146,10 +147,13 @@ def status(args: argparse.Namespace, rest: list[str]) -> None:
   """Prints how far a study is."""
   _, grid, workdir = opened(args, rest)
   results = Results(workdir)
-  left = wanted(grid, results)
-  total = total_runs(grid)
+  known = known_runs(grid, results)
+  left = [run for run in known if results(run) is None]
   begun = [r for r in left if (r.folder(workdir) / 'metrics.jsonl').exists()]
-  print(f'{total - len(left)} or more of {total} runs done, {len(begun)} begun')
+  print(
+    f'{len(known) - len(left)} of {total_runs(grid)} runs done, '
+    f'{len(begun)} begun'
+  )
   for problem in results.problems.values():
     print(f'unreadable: {problem}')
 

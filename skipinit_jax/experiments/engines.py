@@ -19,6 +19,8 @@ from skipinit_jax.experiments.runner import OUTPUT
 
 # Of a GPU's memory, to all runs on it together.
 MEMORY = 0.9
+# Where this package is found, in a checkout that is not installed too.
+PACKAGE = str(Path(__file__).resolve().parents[2])
 Submit = Callable[[Run], concurrent.futures.Future]
 
 
@@ -38,7 +40,11 @@ def run_process(
     *(sys.executable, '-m', 'skipinit_jax.experiments.worker'),
     *(str(os.getpid()), folder, *arguments),
   ]
-  environment = os.environ | {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{memory:.3f}'}
+  paths = [PACKAGE, *filter(None, [os.environ.get('PYTHONPATH')])]
+  environment = os.environ | {
+    'PYTHONPATH': os.pathsep.join(paths),
+    'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{memory:.3f}',
+  }
   with open(Path(folder) / OUTPUT, 'w') as output:
     process = subprocess.Popen(
       command, env=environment, stdout=output, stderr=output

@@ -18,6 +18,7 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.experiments.grid import Grid, Run
 from skipinit_jax.experiments.selection import (
   Outcome,
+  known_runs,
   read_outcome,
   total_runs,
   wanted,
@@ -127,8 +128,7 @@ def run_study(
   running: dict[concurrent.futures.Future, Run] = {}
   started: set[str] = set()
   failed: list[str] = []
-  total, left = total_runs(grid), len(wanted(grid, results))
-  with progress_bar(total, left) as bar:
+  with progress_bar(grid, results) as bar:
     while True:
       for run in wanted(grid, results):
         if run.id not in started:
@@ -139,7 +139,7 @@ def run_study(
       ended, _ = concurrent.futures.wait(
         running, return_when=concurrent.futures.FIRST_COMPLETED
       )
-      for future in ended:
+      for future in [f for f in running if f in ended]:
         run = running.pop(future)
         outcome = results.read(run)
         if outcome is None:
@@ -153,11 +153,11 @@ def run_study(
         bar.write(line, file=sys.stderr)
 
 
-def progress_bar(total: int, left: int) -> tqdm.tqdm:
+def progress_bar(grid: Grid, results: Results) -> tqdm.tqdm:
   """One line over the whole study; nothing where there is no terminal."""
   return tqdm.tqdm(
-    total=total,
-    initial=total - left,
+    total=total_runs(grid),
+    initial=sum(results(r) is not None for r in known_runs(grid, results)),
     disable=None,
     dynamic_ncols=True,
     bar_format='{n_fmt}/{total_fmt} runs done, {elapsed} gone, {remaining} left'

@@ -203,21 +203,29 @@ def runs_at(grid: Grid, cell: Cell, rate: int, split: str) -> list[Run]:
   return [make_run(grid, cell, rate, seed, split) for seed in range(grid.seeds)]
 
 
-def wanted(grid: Grid, look_up: Lookup) -> list[Run]:
-  """The runs that can be started now: rates to choose by, then tests.
+def known_runs(grid: Grid, look_up: Lookup) -> list[Run]:
+  """The runs that can be started so far: rates to choose by, then tests.
 
   Runs that two cells share are named once.
   """
   runs: dict[str, Run] = {}
   for cell in cells(grid):
-    at = {rate: runs_at(grid, cell, rate, VALIDATION) for rate in grid.rates}
-    tuning = [run for group in at.values() for run in group]
+    known = [
+      run
+      for rate in grid.rates
+      for run in runs_at(grid, cell, rate, VALIDATION)
+    ]
     rate = summarize(grid, cell, look_up).rate
-    tests = [] if rate is None else runs_at(grid, cell, rate, TEST)
-    for run in (*tuning, *tests):
-      if look_up(run) is None:
-        runs.setdefault(run.id, run)
+    if rate is not None:
+      known += runs_at(grid, cell, rate, TEST)
+    for run in known:
+      runs.setdefault(run.id, run)
   return list(runs.values())
+
+
+def wanted(grid: Grid, look_up: Lookup) -> list[Run]:
+  """Those of the known runs that are not finished."""
+  return [run for run in known_runs(grid, look_up) if look_up(run) is None]
 
 
 def total_runs(grid: Grid) -> int:
