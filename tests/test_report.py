@@ -337,6 +337,19 @@ def test_metrics_that_can_not_be_read_are_a_problem_and_no_error(tmp_path):
   assert page.tables[0][2][3] == '93.5 ± 0.1'
 
 
+def test_broken_lines_are_skipped_counted_and_named(tmp_path):
+  grid = make_grid()
+  write_runs(tmp_path, grid)
+  run = runs_at(grid, Cell('', '16', 'skipinit'), -2, TEST)[0]
+  path = run.folder(tmp_path) / 'metrics.jsonl'
+  first, *rest = path.read_text().splitlines()
+  lines = [first, first[:-3], *rest, '{"step": 9, "lo']
+  path.write_text('\n'.join(lines) + '\n')
+  write_report(make_study(grid), grid, 'cifar10', tmp_path)
+  page = Page((tmp_path / 'report.html').read_text())
+  assert f'{path}: 2 broken lines skipped' in page.data
+
+
 def test_a_study_that_has_just_begun_has_a_report(tmp_path):
   grid = make_grid()
   write_report(make_study(grid), grid, 'cifar10', tmp_path)

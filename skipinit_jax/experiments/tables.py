@@ -70,11 +70,14 @@ class Findings:
     outcome = run and self.look_up(run)
     if not outcome:
       return None
-    folder = run.folder(self.workdir)
+    path = run.folder(self.workdir) / 'metrics.jsonl'
     try:
-      lines = read_metrics(folder)
-    except (KeyError, TypeError, ValueError) as error:
-      self.problems.append(f'{folder / "metrics.jsonl"}: {error!r}')
+      lines = read_metrics(path.parent)
+      broken = len(path.read_text().split('\n')) - 1 - len(lines)
+      if broken:
+        self.problems.append(f'{path}: {broken} broken lines skipped')
+    except (KeyError, OSError, TypeError, ValueError) as error:
+      self.problems.append(f'{path}: {error!r}')
       lines = []
     return Curve(lines, outcome.status == 'diverged')
 
