@@ -24,6 +24,7 @@ from benchmarks import peers
 from benchmarks.throughput import describe, our_step
 from skipinit_jax.ahead_of_time.chips import GIB, topology
 from skipinit_jax.ahead_of_time.measure import measure
+from skipinit_jax.styles import STYLES
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.result import versions
 
@@ -35,7 +36,7 @@ COMPILED = {
   'scan': (('skipinit', True, False), (16, 40, 100, 304, 1000)),
   'scan, remat': (
     ('skipinit', True, True),
-    (16, 40, 100, 304, 1000, 3004, 10_000),
+    (16, 40, 100, 304, 1000, 3010, 10_000),
   ),
 }
 METHODS = ('skipinit', 'batchnorm')
@@ -99,53 +100,40 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-  import matplotlib
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import LogLocator
 
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-
-  plt.rcParams.update(
-    {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False}
-  )
-  figure, (memory, depth, batch) = plt.subplots(
-    1, 3, figsize=(10.5, 3.4), layout='constrained'
-  )
-  styles = {
-    'batchnorm, scan': ('#E69F00', 's', '--', 'batch normalization, scanned'),
-    'unrolled': ('#56B4E9', '^', '-.', 'SkipInit, unrolled'),
-    'scan': ('#0072B2', 'o', '-', 'SkipInit, scanned'),
-    'scan, remat': ('#009E73', 'D', ':', 'SkipInit, scanned, remat'),
+  figure = Figure(figsize=(10.5, 4.1), layout='constrained')
+  memory, depth, batch = figure.subplots(1, 3)
+  labels = {
+    'batchnorm, scan': 'batch normalization, scanned',
+    'unrolled': 'SkipInit, unrolled',
+    'scan': 'SkipInit, scanned',
+    'scan, remat': 'SkipInit, scanned, recomputed',
   }
-  for form, (color, marker, line, label) in styles.items():
+  styles = {
+    'batchnorm, scan': STYLES['batchnorm'],
+    'unrolled': ('#56B4E9', '^', '-.'),
+    'scan': STYLES['skipinit'],
+    'scan, remat': ('#009E73', 'D', ':'),
+  }
+  for form, label in labels.items():
     points = [p for p in report['compiled'] if p['form'] == form and p['fits']]
-    memory.plot(
-      [p['depth'] for p in points],
-      [p['activation_bytes'] / GIB for p in points],
-      color=color,
-      marker=marker,
-      linestyle=line,
-      label=label,
-    )
+    xs = [p['depth'] for p in points]
+    ys = [p['activation_bytes'] / GIB for p in points]
+    plot(memory, xs, ys, styles[form], label)
   capacity = report['compiled'][0]['hbm_capacity_bytes'] / GIB
   memory.axhline(capacity, color='0.6', linewidth=1, zorder=0)
-  memory.text(16, capacity * 0.94, "the chip's memory", va='top', color='0.4')
+  memory.text(16, 0.9 * capacity, "the chip's memory", va='top', color='0.4')
   memory.set(
-    xscale='log',
-    yscale='log',
-    xlabel='depth (layers)',
     ylabel='activations (GiB a chip)',
-    title='n-2 Wide-ResNet, 128 images a v5e chip,\nby the TPU compiler',
+    title='n-2 Wide-ResNets, 128 images on a\nv5e chip, by the TPU compiler',
   )
-  memory.legend(frameon=False, fontsize=8, loc='lower right')
-  names = {
-    'skipinit': ('SkipInit', '#0072B2', 'o', '-'),
-    'batchnorm': ('batch normalization', '#E69F00', 's', '--'),
-  }
   for axes, axis, fixed in (
     (depth, 'depth', ('batch_size', 32)),
     (batch, 'batch_size', ('depth', 16)),
   ):
-    for method, (label, color, marker, line) in names.items():
+    for method in METHODS:
       points = [
         p
         for p in report['timed']
@@ -153,25 +141,42 @@ def draw(report: dict[str, Any], path: Path) -> None:
       ]
       points.sort(key=lambda p: p[axis])
       rates = [p['images_per_second'] for p in points]
-      middle = [statistics.median(r) for r in rates]
-      low = [m - min(r) for m, r in zip(middle, rates, strict=True)]
-      high = [max(r) - m for m, r in zip(middle, rates, strict=True)]
-      axes.errorbar(
-        [p[axis] for p in points],
-        middle,
-        yerr=[low, high],
-        color=color,
-        marker=marker,
-        linestyle=line,
-        label=label,
-        capsize=2,
-      )
-    axes.set(xscale='log', yscale='log', ylabel='images a second')
-    axes.legend(frameon=False, fontsize=8)
-  where = f'on {report["device"]}'
-  depth.set(xlabel='depth (layers)', title=f'digits, batch 32,\n{where}')
-  batch.set(xlabel='batch (images)', title=f'digits, depth 16,\n{where}')
-  figure.savefig(path, dpi=130)
+      ys = [statistics.median(r) for r in rates]
+      bars = [
+        [y - min(r) for y, r in zip(ys, rates, strict=True)],
+        [max(r) - y for y, r in zip(ys, rates, strict=True)],
+      ]
+      label = {'skipinit': 'SkipInit', 'batchnorm': 'batch normalization'}
+      xs = [p[axis] for p in points]
+      plot(axes, xs, ys, STYLES[method], label[method], bars)
+    axes.set(ylabel='images a second')
+  depth.set_title('digits, batch 32, on 2 CPU cores')
+  batch.set_title('digits, depth 16, on 2 CPU cores')
+  for axes, name, ticks in (
+    (memory, 'depth (layers)', (16, 100, 1000, 10_000)),
+    (depth, 'depth (layers)', DEPTHS[::2] + DEPTHS[-1:]),
+    (batch, 'batch (images)', BATCHES[::2] + BATCHES[-1:]),
+  ):
+    axes.set(xscale='log', yscale='log', xlabel=name)
+    axes.set_xticks(ticks, [f'{tick:,}' for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_formatter(lambda value, _: f'{value:,g}')
+    axes.yaxis.set_minor_formatter(lambda value, _: '')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(
+      frameon=False, loc='upper center', bbox_to_anchor=(0.5, -0.2), fontsize=9
+    )
+  figure.savefig(path, dpi=120)
+
+
+def plot(axes, xs, ys, style, label, bars=None) -> None:
+  color, marker, dashes = style
+  axes.errorbar(
+    *(xs, ys, bars),
+    **{'color': color, 'marker': marker, 'linestyle': dashes, 'label': label},
+    capsize=2,
+  )
 
 
 def main() -> None:

@@ -91,11 +91,14 @@ def our_step(config: ConfigDict, network: str = '') -> Callable[[], Any]:
     create = functools.partial(initial_state, program, config, data)
     state = [replicate(jax.jit(create)(0, peak_rate(config)))]
     resident = data.input_axis is None
-    rows = data.train_size if resident else config.batch_size
+    n = data.train_size if resident else config.batch_size
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (rows, *data.image_shape), dtype=np.uint8)
-    place = replicate if resident else shard
-    batch = place((images, np.zeros(rows, np.int32)))
+    images = rng.integers(0, 256, (n, *data.image_shape), dtype=np.uint8)
+    labels = np.zeros(n, np.int32)
+    if resident:
+      batch = replicate((images.reshape(n, -1), labels))
+    else:
+      batch = shard((images, labels))
 
     def step():
       count = config.steps_per_call

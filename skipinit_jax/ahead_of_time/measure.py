@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import math
 import re
 import time
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def measure(
   )
   host = {name: _shape((n,), np.int32) for name in ('stop', 'replaced')}
   if data.input_axis is None:
-    inputs = _batch((data.train_size,), data)
+    inputs = _resident(data)
   else:
     inputs = _batch((n, config.batch_size // n), data)
   batch = config.batch_size // where.chips
@@ -271,6 +272,13 @@ def _lacking(message: str) -> float:
   unit = {u: 1024.0**i for i, u in enumerate(('', *'KMGT'))}
   needed, needed_unit, there, there_unit = found.groups()
   return float(needed) * unit[needed_unit] - float(there) * unit[there_unit]
+
+
+def _resident(data: StandIn) -> tuple:
+  """What `data.Resident.inputs` puts on each device."""
+  n = data.train_size
+  pixels = math.prod(data.image_shape)
+  return _shape((n, pixels), np.uint8), _shape((n,), np.int32)
 
 
 def _batch(rows: tuple[int, ...], data: StandIn) -> tuple:

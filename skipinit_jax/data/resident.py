@@ -84,9 +84,12 @@ class Resident:
 
     Yields:
       (images, labels), and the names of unreadable images, none; without end.
+      Images are rows, uint8 (n, height * width * channels): a TPU lays pixels
+      out so that choosing some images would copy all of them in every step.
     """
     del config, start_step
-    arrays = place((self.images, self.labels.astype(np.int32)))
+    rows = self.images.reshape(self.train_size, -1)
+    arrays = place((rows, self.labels.astype(np.int32)))
     while True:
       yield arrays, []
 
@@ -112,7 +115,7 @@ class Resident:
     """
     images, labels = inputs
     index = batch_indices(key, step, batch_size, self.train_size)[examples]
-    return images[index], labels[index]
+    return images[index].reshape(-1, *self.image_shape), labels[index]
 
   def eval_batches(
     self, batch_size: int, process_index: int = 0, process_count: int = 1

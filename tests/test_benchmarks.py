@@ -1,0 +1,120 @@
+"""The benchmarks: what they compare, their tables, and those in the README."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import growth, peers, throughput, tpu_cost
+from skipinit_jax.models import blocks
+from skipinit_jax.models.skipinit import SkipInitConv
+from skipinit_jax.training.config import build_model, check_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize('data', throughput.DATA.values())
+@pytest.mark.parametrize(
+  'network', [n for n in peers.NETWORKS if n not in ('example', 'torch')]
+)
+def test_our_networks_are_recipes_that_can_run(network, data):
+  config = peers.recipe(network, data, 128)
+  check_config(config, 4)
+  model = build_model(config, 10, 'gpu')
+  assert model.dtype == 'bfloat16'
+  assert (config.micro_batches > 1) == network.startswith('micro')
+  assert (config.steps_per_call > 1) == network.startswith('calls')
+
+
+def test_the_scalar_on_the_activation_is_the_folded_one():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 5, 3)), 'float32')
+  folded = SkipInitConv(4, (3, 3), init_value=0.7)
+  variables = folded.init(jax.random.key(0), x)
+  theirs = peers.ScaledConv(4, (3, 3), init_value=0.7)
+  assert jax.tree.structure(
+    theirs.init(jax.random.key(0), x)
+  ) == jax.tree.structure(variables)
+  np.testing.assert_allclose(
+    theirs.apply(variables, x), folded.apply(variables, x), rtol=1e-5, atol=1e-6
+  )
+  with peers.as_network('activation'):
+    assert blocks.SkipInitConv is peers.ScaledConv
+  assert blocks.SkipInitConv is SkipInitConv
+
+
+def test_the_example_is_a_resnet50():
+  # V1.5 with batch normalization, as everywhere: 25,557,032 parameters.
+  def init():
+    images = jnp.zeros((1, *peers.IMAGE))
+    model = peers.ExampleResNet50()
+    return model.init(jax.random.key(0), images, train=False)['params']
+
+  leaves = jax.tree.leaves(jax.eval_shape(init))
+  assert sum(leaf.size for leaf in leaves) == 25_557_032
+
+
+def test_costs_are_relative_to_the_example():
+  def row(scale):
+    return {
+      **{'bytes_accessed': 4e9 * scale, 'hbm_bytes': 2e9 * scale},
+      **{'activation_bytes': 2**30 * scale, 'compute_seconds': 0.01},
+      'memory_seconds': 0.02 * scale,
+    }
+
+  lines = tpu_cost.table({'example': row(1), 'skipinit': row(0.25)})
+  assert lines.splitlines()[-1] == (
+    '| ours: SkipInit, alpha folded | 1.00 GB = 0.25 | 0.50 GB = 0.25 | '
+    '0.25 GiB = 0.25 | 12,800 |'
+  )
+
+
+def test_speeds_are_medians_and_ratios_are_taken_round_by_round():
+  def runs(*rates):
+    return [
+      {'images_per_second': r, 'peak_bytes': 2e9, 'host_seconds': 1e-3}
+      for r in rates
+    ]
+
+  lines = throughput.table(
+    {
+      'resnet50:8': {
+        'skipinit': runs(200, 600, 400),
+        'example': runs(100, 200, 400),
+        'torch': [{'error': 'CUDA out of memory'}],
+      }
+    }
+  ).splitlines()
+  assert lines[2].startswith("| resnet50, batch 8 | Flax's example")
+  # 2, 3 and 1 times as fast: the median is 2, not 400 / 200.
+  assert '| 400 (200 to 600) | 2.00 (1.00 to 3.00) | 2.00 | 1.0 |' in lines[3]
+  assert 'did not run: CUDA out of memory' in lines[4]
+
+
+def test_micro_batches_and_several_steps_are_not_for_cpus():
+  names = throughput.networks('wrn16-4:32', 'cpu')
+  assert not {'micro4', 'calls8', 'torch', 'example'} & {*names}
+  assert {'micro4', 'calls8'} <= {*throughput.networks('wrn16-4:128', 'gpu')}
+
+
+@pytest.mark.parametrize(
+  ('file', 'table'),
+  [
+    ('tpu_cost', lambda r: tpu_cost.table(r['rows'])),
+    ('throughput', lambda r: throughput.table(r['cases'])),
+  ],
+)
+def test_tables_of_the_readme_are_those_of_the_files(file, table):
+  report = json.loads((ROOT / 'docs' / f'{file}.json').read_text())
+  text = table(report)
+  assert (ROOT / 'docs' / f'{file}.md').read_text() == text
+  assert text in (ROOT / 'README.md').read_text()
+
+
+def test_growth_is_drawn_from_what_was_measured(tmp_path):
+  report = json.loads((ROOT / 'docs' / 'growth.json').read_text())
+  growth.draw(report, tmp_path / 'growth.png')
+  assert (tmp_path / 'growth.png').stat().st_size > 10_000
+  assert (ROOT / 'docs' / 'growth.png').stat().st_size < 200_000
