@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from skipinit_jax.errors import InputError, unknown
-from skipinit_jax.models.stages import unstack_blocks
+from skipinit_jax.models.stages import STACKED
 
 # Leaf name -> what it is. Total for every network of this package.
 LEAVES = {
@@ -91,10 +91,13 @@ def alphas(params: Any) -> dict[str, jax.Array]:
     Block -> its alpha, shape (), as in 'stage1/block2'.
   """
   found = {}
-  paths = jax.tree_util.tree_leaves_with_path(unstack_blocks(params))
-  for path, leaf in paths:
-    if jax.tree_util.keystr(path[-1:], simple=True) == 'alpha':
-      block = jax.tree_util.keystr(path[:-2], simple=True, separator='/')
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    block = '/'.join(names[:-2])
+    if names[-1] == 'alpha' and STACKED in names:
+      for i in range(leaf.shape[0]):
+        found[block.replace(STACKED, f'block{i + 2}')] = leaf[i]
+    elif names[-1] == 'alpha':
       found[block] = leaf
 
   def order(block: str) -> list[Any]:
