@@ -129,7 +129,7 @@ def test_two_devices_a_chip_add_up():
 def test_automatic_dtype_and_scan_are_those_of_the_chip():
   pytest.importorskip('libtpu')
   config = recipe()
-  config.model.depth = 148
+  config.model.depth = 244
   data, where = measure.stand_in(config.data), chips.topology('v5e:2x2')
   model = measure.make_program(config, data, where.devices).model
   assert (model.dtype, model.scan) == ('bfloat16', True)

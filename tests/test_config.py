@@ -293,7 +293,7 @@ def test_statistics_group_is_a_number_or_a_name(group):
 
 
 def test_dtype_and_scan_are_those_of_the_platform_unless_given():
-  deep, shallow = recipe(model__depth=148), recipe(model__depth=16)
+  deep, shallow = recipe(model__depth=244), recipe(model__depth=238)
   for platform, dtype in (
     ('cpu', 'float32'),
     ('gpu', 'bfloat16'),
@@ -302,7 +302,7 @@ def test_dtype_and_scan_are_those_of_the_platform_unless_given():
     model = build_model(deep, 10, platform)
     assert (model.dtype, model.scan) == (dtype, platform != 'cpu')
     assert not build_model(shallow, 10, platform).scan
-  given = recipe(model__depth=148, model__scan=False, dtype='float32')
+  given = recipe(model__depth=244, model__scan=False, dtype='float32')
   model = build_model(given, 10, 'tpu')
   assert (model.dtype, model.scan) == ('float32', False)
   assert build_model(recipe(model__scan=True), 10, 'cpu').scan

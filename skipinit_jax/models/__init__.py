@@ -2,6 +2,9 @@
 
 from skipinit_jax.models.blocks import FixupBlock as FixupBlock
 from skipinit_jax.models.blocks import ResidualBlock as ResidualBlock
+from skipinit_jax.models.dense import DenseResNet as DenseResNet
+from skipinit_jax.models.looks_linear import mirrored as mirrored
+from skipinit_jax.models.looks_linear import orthogonal as orthogonal
 from skipinit_jax.models.methods import METHODS as METHODS
 from skipinit_jax.models.methods import Method as Method
 from skipinit_jax.models.methods import fixup_kernel_init as fixup_kernel_init

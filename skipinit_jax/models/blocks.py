@@ -9,6 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.models.looks_linear import (
+  KERNEL_INITS,
+  kernel_initializer,
+  orthogonal,
+)
 from skipinit_jax.models.methods import (
   Initializer,
   Method,
@@ -23,12 +29,15 @@ class Layers(NamedTuple):
   """What a method puts into a block; each entry makes a module given a name.
 
   Attributes:
-    conv: convolutions outside the branches: the stem and the projections.
+    conv: convolutions outside the branches: the projections.
     branch_conv: convolutions inside a branch but its last.
     last_conv: the last convolution of a branch, with alpha folded in if any.
     norm: called as norm(name)(x, train=train).
     join: called as join()(skip, branch).
     scalar_bias: called as scalar_bias(name)(x).
+    stem_conv: the first convolution, whose input comes from no activation.
+    activation: of the pre-activation block; may double the channels.
+    skip: whether blocks have a skip path; without, they are their branches.
   """
 
   conv: Callable
@@ -37,6 +46,9 @@ class Layers(NamedTuple):
   norm: Callable
   join: Callable
   scalar_bias: Callable
+  stem_conv: Callable
+  activation: Callable
+  skip: bool
 
 
 def make_layers(
@@ -49,14 +61,24 @@ def make_layers(
   axis_name: str | None,
   dtype: Dtype | None,
   param_dtype: Dtype,
+  activation: str = 'relu',
+  kernel_init: str = 'he',
+  skip: bool = True,
 ) -> Layers:
-  """Turns what a method says into the layers of a network's blocks."""
+  """Turns what a method says into the layers of a network's blocks.
+
+  Raises:
+    InputError: choices that don't go together; see `ResNet`.
+  """
+  check_choices(method, num_blocks, activation, kernel_init, skip)
   dtypes = {'dtype': dtype, 'param_dtype': param_dtype}
-  he = he_normal(method.kernel_fan)
-  inner: Initializer = he
+  outer = kernel_initializer(kernel_init, he_normal(method.kernel_fan))
+  # The stem's input is not mirrored.
+  first = orthogonal() if kernel_init == 'looks_linear' else outer
+  inner: Initializer = outer
   if method.rescale:
     inner = fixup_kernel_init(num_blocks, branch_layers, method.kernel_fan)
-  last = nn.initializers.zeros if method.zero_last else he
+  last = nn.initializers.zeros if method.zero_last else outer
 
   conv = functools.partial(
     nn.Conv, use_bias=biases, conv_general_dilated=_convolve, **dtypes
@@ -72,7 +94,7 @@ def make_layers(
     BatchNorm, group=statistics_group, axis_name=axis_name, **dtypes
   )
   return Layers(
-    conv=functools.partial(conv, kernel_init=he),
+    conv=functools.partial(conv, kernel_init=outer),
     branch_conv=functools.partial(conv, kernel_init=inner),
     last_conv=functools.partial(last_conv, kernel_init=last),
     norm=(lambda name: norm(name=name)) if method.normalize else _no_norm,
@@ -82,6 +104,9 @@ def make_layers(
       if method.scalar_biases
       else _no_bias
     ),
+    stem_conv=functools.partial(conv, kernel_init=first, use_bias=False),
+    activation=ACTIVATIONS[activation],
+    skip=skip,
   )
 
 
@@ -91,7 +116,7 @@ class ResidualBlock(nn.Module):
   branch: [norm, relu, conv] for each kernel size, the last conv carrying the
   scalar. A block that changes the shape projects the activated (and, with
   batch normalization, normalized) input with a 1x1 convolution; the scalar sits
-  on its branch too.
+  on its branch too. Without a skip path there is no projection and no `Join`.
 
   Attributes:
     features: output channels of each convolution of the branch.
@@ -110,18 +135,21 @@ class ResidualBlock(nn.Module):
     """x: (batch, height, width, channels)."""
     layers, depth = self.layers, len(self.features)
     strides = _branch_strides(self.kernel_sizes, self.strides)
+    projects = layers.skip and _changes_shape(
+      x, self.features[-1], self.strides
+    )
     skip = x
     for i, (features, size) in enumerate(
       zip(self.features, self.kernel_sizes, strict=True), start=1
     ):
-      x = relu(layers.norm(f'norm{i}')(x, train=train))
-      if i == 1 and _changes_shape(skip, self.features[-1], self.strides):
+      x = layers.activation(layers.norm(f'norm{i}')(x, train=train))
+      if i == 1 and projects:
         skip = layers.conv(
           self.features[-1], (1, 1), self.strides, name='projection'
         )(x)
       conv = layers.last_conv if i == depth else layers.branch_conv
       x = conv(features, (size, size), strides[i - 1], name=f'conv{i}')(x)
-    return layers.join()(skip, x)
+    return layers.join()(skip, x) if layers.skip else x
 
 
 class FixupBlock(nn.Module):
@@ -193,6 +221,46 @@ def relu(x: jax.Array) -> jax.Array:
 def _relu_jvp(primals, tangents):
   y = relu(*primals)
   return y, jnp.where(y > 0, *tangents, jnp.zeros_like(y))
+
+
+def crelu(x: jax.Array) -> jax.Array:
+  """Concatenated ReLU: max(x, 0), then max(-x, 0), twice the channels."""
+  return relu(jnp.concatenate([x, -x], axis=-1))
+
+
+ACTIVATIONS = {'relu': relu, 'crelu': crelu}
+
+
+def check_choices(
+  method: Method, num_blocks: int, activation: str, kernel_init: str, skip: bool
+) -> None:
+  """Raises InputError for what has no meaning, or no signal at the start."""
+  if activation not in ACTIVATIONS:
+    raise InputError(unknown('activation', activation, ACTIVATIONS))
+  if kernel_init not in KERNEL_INITS:
+    raise InputError(unknown('kernel_init', kernel_init, KERNEL_INITS))
+  if kernel_init == 'looks_linear' and activation != 'crelu':
+    raise InputError(
+      f"kernel_init='looks_linear' mirrors kernels for activation='crelu', got "
+      f'activation={activation!r}'
+    )
+  if kernel_init != 'he' and method.rescale:
+    raise InputError(
+      f"kernel_init={kernel_init!r} can't be rescaled by the depth; expected "
+      "'he', or a method other than fixup"
+    )
+  if method.fixup_block and activation != 'relu':
+    raise InputError(
+      f'activation={activation!r} doubles the channels, which blocks that '
+      "activate their sum can't: expected 'relu', or a method other than fixup"
+    )
+  dead = method.zero_last or method.alpha_value(num_blocks) == 0
+  if not skip and (method.fixup_block or method.gain != 1 or dead):
+    raise InputError(
+      'skip=False leaves the branches alone, so that these must carry the '
+      "signal from the start: expected method 'none' or 'batchnorm', or "
+      "'skipinit' with an alpha other than 0"
+    )
 
 
 def _no_norm(name: str) -> Callable:

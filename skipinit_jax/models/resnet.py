@@ -15,6 +15,7 @@ from skipinit_jax.models.blocks import (
   make_layers,
   relu,
 )
+from skipinit_jax.models.looks_linear import kernel_initializer
 from skipinit_jax.models.methods import (
   Initializer,
   Method,
@@ -45,11 +46,16 @@ class ResNet(nn.Module):
     biases: bias vectors on every convolution but the stem.
     dropout: rate of Dropout on the pooled features.
     classifier_init: of the classifier's kernel; None: zero where the method
-      starts it at zero, else He normal.
+      starts it at zero, else that of `kernel_init`.
     features: channels of the first stage's 3x3 convolutions.
     stem_features: channels of the stem.
     small_images: a 3x3 stem, and Fixup's CIFAR shortcuts, in place of a 7x7
       stem of stride 2 with a max-pool.
+    activation: of the pre-activation blocks, 'relu', or 'crelu': concatenated
+      ReLU, which doubles the inputs of the layer that follows.
+    kernel_init: 'he' as the method says it, 'orthogonal', or 'looks_linear' for
+      'crelu'; see `looks_linear`.
+    skip: False: a feed-forward network of the same layers, without skip paths.
     scan: equal blocks of a stage as one scanned block; see `stages`.
     remat: recompute blocks in the backward pass; see `stages`.
     statistics_group: images that share batch statistics; None: the whole batch
@@ -71,6 +77,9 @@ class ResNet(nn.Module):
   features: int = 64
   stem_features: int = 64
   small_images: bool = False
+  activation: str = 'relu'
+  kernel_init: str = 'he'
+  skip: bool = True
   scan: bool = False
   remat: bool = False
   statistics_group: int | None = None
@@ -105,8 +114,10 @@ class ResNet(nn.Module):
       is None; float32 unless the parameters are wider.
 
     Raises:
-      InputError: images of another rank or dtype, an unknown method, or sizes
-        that can't be.
+      InputError: images of another rank or dtype, an unknown method, sizes
+        that can't be, or choices that don't go together: 'crelu' or no skip
+        paths with fixup's blocks; 'looks_linear' without 'crelu'; no skip paths
+        where the branches start at zero.
     """
     self._check(images)
     method = resolve_method(self.method, self.alpha)
@@ -120,6 +131,9 @@ class ResNet(nn.Module):
       axis_name=self.axis_name,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
+      activation=self.activation,
+      kernel_init=self.kernel_init,
+      skip=self.skip,
     )
     if method.fixup_block:
       block = functools.partial(FixupBlock, pooled_shortcut=self.small_images)
@@ -127,8 +141,8 @@ class ResNet(nn.Module):
       block = ResidualBlock
 
     size, strides = (3, 1) if self.small_images else (7, 2)
-    x = layers.conv(
-      self.stem_features, (size, size), strides, use_bias=False, name='stem'
+    x = layers.stem_conv(
+      self.stem_features, (size, size), strides, name='stem'
     )(images)
     if method.fixup_block:
       x = relu(layers.scalar_bias('bias1')(x))
@@ -150,7 +164,7 @@ class ResNet(nn.Module):
       )(x, train=train)
 
     if not method.fixup_block:
-      x = relu(layers.norm('norm')(x, train=train))
+      x = layers.activation(layers.norm('norm')(x, train=train))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
     if method.fixup_block:
       x = layers.scalar_bias('bias2')(x)
@@ -162,8 +176,9 @@ class ResNet(nn.Module):
       )
     init = self.classifier_init
     if init is None:
-      zero = method.zero_classifier
-      init = nn.initializers.zeros if zero else he_normal()
+      init = kernel_initializer(self.kernel_init, he_normal())
+      if method.zero_classifier:
+        init = nn.initializers.zeros
     return nn.Dense(
       self.num_classes,
       kernel_init=init,

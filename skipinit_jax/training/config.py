@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.models.blocks import ACTIVATIONS, check_choices
+from skipinit_jax.models.looks_linear import KERNEL_INITS
 from skipinit_jax.models.methods import Method, he_normal, resolve_method
 from skipinit_jax.models.parameters import LEAVES
 from skipinit_jax.models.resnet import RESNETS, ResNet, WideResNet
@@ -19,7 +21,9 @@ SCHEDULES = ('constant', 'halving', 'step', 'cosine')
 DTYPES = ('auto', 'float32', 'bfloat16')
 ON_DIVERGENCE = ('stop', 'skip', 'back')
 CLASSIFIER_INITS = ('he', 'zero')
-SCAN_FROM = 16  # Blocks in a stage; see docs/growth.json.
+# Blocks in a stage from which an unrolled program takes minutes to compile (by
+# the TPU compiler, 48 blocks in all: two; a scan of any number: half of one).
+SCAN_FROM = 40
 
 
 def default_config() -> ConfigDict:
@@ -52,6 +56,9 @@ def default_config() -> ConfigDict:
   config.model.dropout = 0.0  # On the pooled features.
   # One of CLASSIFIER_INITS; unset: the method's own.
   config.model.classifier_init = placeholder(str)
+  config.model.activation = 'relu'  # Or 'crelu', concatenated ReLU.
+  config.model.kernel_init = 'he'  # One of KERNEL_INITS.
+  config.model.skip = True  # False: no skip paths, a feed-forward network.
   # batchnorm's: a number of images, 'device' or 'all'.
   config.model.statistics_group = '64'
   # Equal blocks of a stage as one scanned block. Unset: where a stage has
@@ -164,6 +171,8 @@ def check_config(config: ConfigDict, device_count: int) -> None:
     ('dtype', DTYPES),
     ('on_divergence', ON_DIVERGENCE),
     ('model.classifier_init', CLASSIFIER_INITS),
+    ('model.activation', ACTIVATIONS),
+    ('model.kernel_init', KERNEL_INITS),
   ):
     value = _get(config, field)
     if value is not None and value not in known:
@@ -277,6 +286,9 @@ def build_model(
     'biases': model.biases,
     'dropout': model.dropout,
     'classifier_init': inits[model.classifier_init],
+    'activation': model.activation,
+    'kernel_init': model.kernel_init,
+    'skip': model.skip,
     'scan': bool(model.scan),
     'remat': model.remat,
     'statistics_group': int(group) if group.isdecimal() else None,
@@ -288,6 +300,10 @@ def build_model(
     network = WideResNet(model.depth, width, **fields)
   else:
     network = _resnet(model, fields)
+  check_choices(
+    *(method, network.num_blocks),
+    *(model.activation, model.kernel_init, model.skip),
+  )
   if model.scan is None and platform != 'cpu':
     network = network.clone(scan=max(network.stage_sizes) >= SCAN_FROM)
   return network
