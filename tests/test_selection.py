@@ -15,9 +15,7 @@ from skipinit_jax.experiments.grid import (
   VALIDATION,
   Cell,
   cells,
-  load_recipe,
   make_run,
-  parse_overrides,
 )
 from skipinit_jax.experiments.selection import (
   Mean,
@@ -43,6 +41,7 @@ from skipinit_jax.training.config import (
   check_config,
   recipe_path,
 )
+from skipinit_jax.training.recipes import load_recipe, parse_overrides
 
 GRIDS = [(s, d) for s in STUDIES for d in STUDIES[s].grids]
 

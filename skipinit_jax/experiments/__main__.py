@@ -19,7 +19,7 @@ from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments import engines
 from skipinit_jax.experiments.estimate import SUSTAINED_RATE, cost
-from skipinit_jax.experiments.grid import cells, parse_overrides
+from skipinit_jax.experiments.grid import cells
 from skipinit_jax.experiments.report import write_report
 from skipinit_jax.experiments.runner import (
   Results,
@@ -37,6 +37,7 @@ from skipinit_jax.experiments.selection import (
 )
 from skipinit_jax.experiments.studies import STUDIES, VARIANTS, Grid, find_study
 from skipinit_jax.training.config import build_model, check_config
+from skipinit_jax.training.recipes import parse_overrides
 
 ENGINES = ('local', 'ray', 'print')
 FAILED, BAD_INPUT = 1, 2
