@@ -39,3 +39,42 @@ STYLES = {
   'imagenet:regularized_skipinit': Style('#0072B2', 'o', '-'),
   'clipped': Style('#CC79A7', 'v', '-'),
 }
+
+LABELS = {
+  'batchnorm': 'BatchNorm',
+  'fixup': 'Fixup',
+  'skipinit_sqrt': 'SkipInit 1/√d',
+  'skipinit': 'SkipInit 0',
+  'skipinit_1': 'SkipInit 1',
+  'none': 'Neither',
+  'divide_sqrt2': 'Divided by √2',
+  'skipinit_no_l2': 'SkipInit 0, no L2',
+  'fixup_zero_last': 'Zero last kernel alone',
+  'fixup_rescale': 'Rescaling alone',
+  'fixup_multiplier': 'Multiplier alone',
+  'fixup_biases': 'Scalar biases alone',
+  'fixup_no_part': "None of Fixup's",
+  'imagenet:batchnorm': 'Batch normalization',
+  'imagenet:batchnorm_dropout': 'Batch normalization + Dropout',
+  'imagenet:fixup': 'Fixup',
+  'imagenet:fixup_dropout': 'Fixup + Dropout',
+  'imagenet:skipinit': 'SkipInit + Biases',
+  'imagenet:regularized_skipinit': 'Regularized SkipInit',
+  'clipped': 'Regularized SkipInit + adaptive clipping (ours)',
+}
+INK = '#010203'  # Text and axes; in SVG, the colour of the page's text.
+# Of matplotlib, for all figures.
+RC = {
+  **dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor'), INK),
+  **dict.fromkeys(('xtick.color', 'ytick.color'), INK),
+  **{'axes.spines.top': False, 'axes.spines.right': False},
+  **{'font.size': 10, 'lines.linewidth': 1.8, 'lines.markersize': 6},
+  **{'legend.frameon': False, 'legend.fontsize': 9.5},
+  **{'svg.fonttype': 'none', 'svg.hashsalt': 'skipinit-jax'},
+  'text.parse_math': False,  # A $ in a label is a dollar.
+}
+# An SVG file of its own has no page to take a colour from.
+ALONE = (
+  '<style>:root{color:#1b1b1b}text{fill:currentColor}'
+  '@media (prefers-color-scheme: dark){:root{color:#e8e8e8}}</style>'
+)

@@ -20,6 +20,7 @@ LAYERS = {
   'training': {'models', 'data'},
   'ahead_of_time': {'models', 'data', 'training'},
   'experiments': {'models', 'data', 'training', 'ahead_of_time'},
+  'analysis': {'models', 'data', 'training'},
 }
 SHARED = {'errors', 'published', 'styles', 'version'}
 

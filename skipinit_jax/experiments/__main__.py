@@ -35,7 +35,8 @@ from skipinit_jax.experiments.selection import (
   total_runs,
   wanted,
 )
-from skipinit_jax.experiments.studies import STUDIES, VARIANTS, Grid, find_study
+from skipinit_jax.experiments.studies import STUDIES, Grid, find_study
+from skipinit_jax.styles import LABELS
 from skipinit_jax.training.config import build_model, check_config
 from skipinit_jax.training.recipes import parse_overrides
 
@@ -192,7 +193,7 @@ def check(grid: Grid) -> None:
 
 def grid_lines(grid: Grid) -> str:
   """The grid, as it is about to be run."""
-  columns = ', '.join(VARIANTS[c].label for c in grid.columns)
+  columns = ', '.join(LABELS[c] for c in grid.columns)
   lines = [
     f'{grid.rows.name}: {", ".join(grid.rows.values)}',
     f'methods: {columns}',

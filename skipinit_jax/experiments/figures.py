@@ -16,29 +16,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from skipinit_jax import styles
 from skipinit_jax.experiments.grid import Cell
 from skipinit_jax.experiments.selection import Summary
-from skipinit_jax.experiments.studies import VARIANTS, Grid
-from skipinit_jax.styles import STYLES
+from skipinit_jax.experiments.studies import Grid
+from skipinit_jax.styles import ALONE, INK, LABELS, STYLES
 
-INK = '#010203'  # Text and axes; on a page, the colour of its text.
 WIDTH, HEIGHT = 4.6, 2.5  # Inches, a height for each axes: fits a phone.
 BLOCKS, POINTS = 48, 200  # Drawn at most: scalars, and points of a curve.
 AXES = {'depth': 'depth (layers)', 'batch': 'batch size (images)'}
-RC = {
-  **dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor'), INK),
-  **dict.fromkeys(('xtick.color', 'ytick.color'), INK),
-  **{'axes.spines.top': False, 'axes.spines.right': False},
-  **{'font.size': 10, 'lines.linewidth': 1.8, 'lines.markersize': 6},
-  **{'legend.frameon': False, 'legend.fontsize': 9.5, 'savefig.dpi': 160},
-  **{'svg.fonttype': 'none', 'svg.hashsalt': 'skipinit-jax'},
-  'text.parse_math': False,  # A $ in a label is a dollar.
-}
-# A file of its own has no page to take a colour from.
-ALONE = (
-  '<style>:root{color:#1b1b1b}@media (prefers-color-scheme: dark)'
-  '{:root{color:#e8e8e8}}</style>'
-)
+RC = styles.RC | {'savefig.dpi': 160}
 
 
 class Curve(NamedTuple):
@@ -144,7 +131,7 @@ def cell_name(grid: Grid, cell: Cell) -> str:
   parts = (
     cell.panel,
     f'{grid.rows.name} {cell.row}',
-    VARIANTS[cell.column].label,
+    LABELS[cell.column],
   )
   return ', '.join(part for part in parts if part)
 
@@ -157,8 +144,10 @@ def _accuracy(
   if not done:
     return
   good = {s.trains for s in done.values()}
+  trained = [s.result.top1 for s in done.values() if s.trains]
   # With some at chance the others' differences would not be seen.
-  figure, (*above, axes) = _figure(grid, axes=len(good))
+  apart = len(good) == 2 and min(trained) > 0.6
+  figure, (*above, axes) = _figure(grid, axes=1 + apart)
   for column in grid.columns:
     points = [
       _accuracy_point(grid, summary, chance)
@@ -384,7 +373,7 @@ def _figure(
   grid: Grid, axes: int = 1, markers: bool = True
 ) -> tuple[Figure, list[Axes]]:
   """Axes above one another, under a legend that names every column."""
-  labels = [VARIANTS[column].label for column in grid.columns]
+  labels = [LABELS[column] for column in grid.columns]
   width = max(map(len, labels)) * 5.2 + 44  # Points, of an entry.
   across = max(1, min(len(labels), int(72 * WIDTH / width)))
   lines = math.ceil(len(labels) / across)

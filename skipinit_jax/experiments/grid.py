@@ -103,7 +103,7 @@ def make_run(grid: Grid, cell: Cell, rate: int, seed: int, split: str) -> Run:
     grid.fields,
     grid.rows.values[cell.row],
     grid.panels.values[cell.panel],
-    VARIANTS[cell.column].fields,
+    VARIANTS[cell.column],
     {
       'optimizer.learning_rate': grid.unit * 2.0**rate,
       'seed': seed,

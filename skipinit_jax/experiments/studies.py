@@ -17,14 +17,6 @@ from skipinit_jax.errors import InputError, unknown
 Fields = Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """A way of training: its label, and the fields that make it."""
-
-  label: str
-  fields: Fields
-
-
 SKIPINIT = {'model.method': 'skipinit'}
 FIXUP = {'model.method': 'fixup'}
 NO_PART = {
@@ -35,58 +27,36 @@ NO_PART = {
 DROPOUT = {'model.dropout': 0.25}
 PLAIN = {'model.biases': False, 'model.dropout': 0.0}
 BIASES = {'model.biases': True}
-VARIANTS = {
-  'batchnorm': Variant('BatchNorm', {'model.method': 'batchnorm'}),
-  'fixup': Variant('Fixup', FIXUP),
-  'skipinit_sqrt': Variant(
-    'SkipInit 1/√d', {**SKIPINIT, 'model.alpha': '1/sqrt(d)'}
-  ),
-  'skipinit': Variant('SkipInit 0', SKIPINIT),
-  'skipinit_1': Variant('SkipInit 1', {**SKIPINIT, 'model.alpha': '1'}),
-  'none': Variant('Neither', {'model.method': 'none'}),
-  'divide_sqrt2': Variant('Divided by √2', {'model.method': 'divide_sqrt2'}),
-  'skipinit_no_l2': Variant(
-    'SkipInit 0, no L2', {**SKIPINIT, 'optimizer.l2': 0.0}
-  ),
-  'fixup_zero_last': Variant(
-    'Zero last kernel alone', {**NO_PART, 'model.zero_last': True}
-  ),
-  'fixup_rescale': Variant(
-    'Rescaling alone', {**NO_PART, 'model.rescale': True}
-  ),
-  'fixup_multiplier': Variant(
-    'Multiplier alone', {**NO_PART, 'model.alpha': '1'}
-  ),
-  'fixup_biases': Variant(
-    'Scalar biases alone', {**NO_PART, 'model.scalar_biases': True}
-  ),
-  'fixup_no_part': Variant("None of Fixup's", NO_PART),
+# Ways of training: the fields that make each; `styles.LABELS` has their names.
+VARIANTS: dict[str, Fields] = {
+  'batchnorm': {'model.method': 'batchnorm'},
+  'fixup': FIXUP,
+  'skipinit_sqrt': {**SKIPINIT, 'model.alpha': '1/sqrt(d)'},
+  'skipinit': SKIPINIT,
+  'skipinit_1': {**SKIPINIT, 'model.alpha': '1'},
+  'none': {'model.method': 'none'},
+  'divide_sqrt2': {'model.method': 'divide_sqrt2'},
+  'skipinit_no_l2': {**SKIPINIT, 'optimizer.l2': 0.0},
+  'fixup_zero_last': {**NO_PART, 'model.zero_last': True},
+  'fixup_rescale': {**NO_PART, 'model.rescale': True},
+  'fixup_multiplier': {**NO_PART, 'model.alpha': '1'},
+  'fixup_biases': {**NO_PART, 'model.scalar_biases': True},
+  'fixup_no_part': NO_PART,
   # The rows of configs/imagenet.py; a test holds that they agree.
-  'imagenet:batchnorm': Variant(
-    'Batch normalization', {**PLAIN, 'model.method': 'batchnorm'}
-  ),
-  'imagenet:fixup': Variant('Fixup', {**PLAIN, **FIXUP}),
-  'imagenet:skipinit': Variant(
-    'SkipInit + Biases', {**PLAIN, **SKIPINIT, **BIASES}
-  ),
-  'imagenet:fixup_dropout': Variant(
-    'Fixup + Dropout', {**PLAIN, **FIXUP, **DROPOUT}
-  ),
-  'imagenet:regularized_skipinit': Variant(
-    'Regularized SkipInit', {**SKIPINIT, **BIASES, **DROPOUT}
-  ),
-  'imagenet:batchnorm_dropout': Variant(
-    'Batch normalization + Dropout',
-    {**PLAIN, 'model.method': 'batchnorm', **DROPOUT},
-  ),
-  'clipped': Variant(
-    'Regularized SkipInit + adaptive clipping (ours)',
-    {
-      **{**SKIPINIT, **BIASES, **DROPOUT},
-      # Brock et al. 2021: 0.01 at 4096 images, more for smaller batches.
-      'optimizer.adaptive_clip': lambda f: 0.01 * 4096 / f['batch_size'],
-    },
-  ),
+  'imagenet:batchnorm': {**PLAIN, 'model.method': 'batchnorm'},
+  'imagenet:fixup': {**PLAIN, **FIXUP},
+  'imagenet:skipinit': {**PLAIN, **SKIPINIT, **BIASES},
+  'imagenet:fixup_dropout': {**PLAIN, **FIXUP, **DROPOUT},
+  'imagenet:regularized_skipinit': {**SKIPINIT, **BIASES, **DROPOUT},
+  'imagenet:batchnorm_dropout': {
+    **{**PLAIN, **DROPOUT},
+    'model.method': 'batchnorm',
+  },
+  'clipped': {
+    **{**SKIPINIT, **BIASES, **DROPOUT},
+    # Brock et al. 2021: 0.01 at 4096 images, more for smaller batches.
+    'optimizer.adaptive_clip': lambda f: 0.01 * 4096 / f['batch_size'],
+  },
 }
 
 

@@ -18,6 +18,7 @@ from skipinit_jax.experiments.selection import (
 )
 from skipinit_jax.experiments.studies import VARIANTS, Grid, Study
 from skipinit_jax.published import Accuracy
+from skipinit_jax.styles import LABELS
 from skipinit_jax.training.metrics import read_metrics
 
 DASH, MINUS, TIMES = '\N{EN DASH}', '\N{MINUS SIGN}', '\N{MULTIPLICATION SIGN}'
@@ -233,7 +234,7 @@ def _losses_and_rates(findings: Findings, panel: str) -> Table:
 def _grid_table(findings, panel, caption, names, entries, notes) -> Table:
   """A table of the grid's own form: rows, and some columns for each method."""
   grid = findings.grid
-  labels = [VARIANTS[column].label for column in grid.columns]
+  labels = [LABELS[column] for column in grid.columns]
   rows = [
     [
       Entry(row),
@@ -258,7 +259,7 @@ def _comparison(findings: Findings, panel: str) -> Table:
     rate = '' if summary.rate is None else _rates(grid, summary)
     rows.append(
       [
-        Entry(f'{grid.rows.name} {cell.row}, {VARIANTS[cell.column].label}'),
+        Entry(f'{grid.rows.name} {cell.row}, {LABELS[cell.column]}'),
         _ours(findings, cell),
         Entry(_published_text(theirs)),
         Entry(_difference(summary, theirs)),
@@ -293,7 +294,7 @@ def _published_elsewhere(study: Study) -> Table:
     for row in sorted({row for of in published.values() for row in of})
   ]
   name = next(iter(study.grids.values())).rows.name
-  heads = [(name, ()), *((VARIANTS[column].label, ()) for column in columns)]
+  heads = [(name, ()), *((LABELS[column], ()) for column in columns)]
   where = dataset_name(study.published_for)
   caption = (
     f'Published for {where} (another data set and setting): accuracy (%)'

@@ -42,7 +42,7 @@ class DenseResNet(nn.Module):
     activation: 'relu' with kernels of variance 2 / fan-in, or 'linear' with
       1 / fan-in.
     skip: False makes the feed-forward network of the same layers; there is no
-      sum, and so no `gain`.
+      sum, and so no `gain`. A scalar at 0 makes its output constant.
     branch_layers: dense layers in a branch, 1 or 2.
     scan: all blocks but the first as one scanned block; see `stages`.
     dtype: of the computation; None: that of inputs and parameters. The logits

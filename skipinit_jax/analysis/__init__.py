@@ -1,0 +1,1 @@
+"""Why it works: what networks do at initialization, and to their gradients."""

@@ -1,0 +1,169 @@
+"""The command line of the analyses.
+
+python -m skipinit_jax.analysis all --out=runs/analysis
+python -m skipinit_jax.analysis paths --config=cifar10 --out=runs/analysis
+python -m skipinit_jax.analysis lesions --workdir=RUN --out=runs/analysis
+
+Each kind writes its figures (SVG and PNG) and its numbers (JSON) to the folder.
+What a recipe's fields are set to comes last, as in --config.model.depth=100.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from skipinit_jax.analysis import (
+  curvature,
+  lesions,
+  networks,
+  paths,
+  propagation,
+  shattered,
+)
+from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.training.lines import write_json
+from skipinit_jax.training.recipes import (
+  load_recipe,
+  parse_overrides,
+  set_fields,
+)
+
+BAD_INPUT = 2
+# What the paths and the lesions compare, and the fields that make it.
+METHODS = {
+  'batchnorm': {'model.method': 'batchnorm'},
+  'skipinit': {'model.method': 'skipinit'},
+  'fixup': {'model.method': 'fixup', 'optimizer.learning_rate': 2.0**-3},
+  'none': {'model.method': 'none'},
+}
+# Small enough for minutes on two CPU cores.
+DIGITS = {'model.depth': 40, 'epochs': 8.0, 'optimizer.learning_rate': 2.0**-4}
+
+
+def main() -> None:
+  """Parses, and ends in one line where the input is bad."""
+  parser = argparse.ArgumentParser(
+    prog='python -m skipinit_jax.analysis',
+    description='Why the scalar works: signals, paths, gradients.',
+  )
+  parser.add_argument('kind', help=f'{", ".join(KINDS)}, or all')
+  parser.add_argument('--config', default='digits', help='a recipe')
+  parser.add_argument('--workdir', type=Path, help='a run to look at instead')
+  parser.add_argument('--out', type=Path, default=Path('runs/analysis'))
+  args, rest = parser.parse_known_args()
+  try:
+    run(args, rest)
+  except InputError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> None:
+  """Measures and draws what was asked for."""
+  if args.kind != 'all' and args.kind not in KINDS:
+    raise InputError(unknown('kind', args.kind, [*KINDS, 'all']))
+  overrides = parse_overrides(args.config, rest)
+  fields = (DIGITS if args.config == 'digits' else {}) | overrides
+  config = set_fields(load_recipe(args.config), fields)
+  try:
+    args.out.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f'can not write to {args.out}: {error.strerror}') from None
+  for kind in KINDS if args.kind == 'all' else [args.kind]:
+    start = time.perf_counter()
+    print(f'{kind} ...', file=sys.stderr, flush=True)
+    measured, drawn = KINDS[kind](config, args.workdir, args.out)
+    write_json(args.out / f'{kind}.json', plain(measured))
+    seconds = time.perf_counter() - start
+    names = ', '.join(path.name for path in drawn)
+    print(f'{kind}: {names}, {seconds:.0f} s', file=sys.stderr, flush=True)
+
+
+def of_propagation(config: ConfigDict, workdir: Path | None, out: Path):
+  """Variances, shares and path lengths at the start; needs no data."""
+  del config, workdir
+  measured = propagation.measure()
+  (out / 'effective_depth.md').write_text(propagation.table(measured))
+  return measured, propagation.draw(measured, out)
+
+
+def of_curvature(config: ConfigDict, workdir: Path | None, out: Path):
+  """The largest eigenvalue of the Hessian on the digits."""
+  del config, workdir
+  measured = curvature.measure()
+  return measured, curvature.draw(measured, out)
+
+
+def of_shattered(config: ConfigDict, workdir: Path | None, out: Path):
+  """Autocorrelation of the gradients of random networks; needs no data."""
+  del config, workdir
+  measured = shattered.measure()
+  return measured, shattered.draw(measured, out)
+
+
+def of_paths(config: ConfigDict, workdir: Path | None, out: Path):
+  """Gradient norm by path length: at the start of each method, or of a run."""
+  if workdir:
+    nets = {_method(workdir): (networks.of_run(workdir, 32), False)}
+  else:
+    nets = {
+      name: (networks.at_start(each, 32), True)
+      for name, each in _each(config, METHODS)
+    }
+  measured = {
+    name: paths.measure(*network, train=train)
+    for name, (network, train) in nets.items()
+  }
+  return measured, paths.draw(measured, out)
+
+
+def of_lesions(config: ConfigDict, workdir: Path | None, out: Path):
+  """Test error without blocks: of each method, trained first, or of a run."""
+  if workdir:
+    nets = {_method(workdir): networks.of_run(workdir)}
+  else:
+    trainable = {k: v for k, v in METHODS.items() if k != 'none'}
+    nets = {
+      name: networks.trained(each, out / 'runs' / name)
+      for name, each in _each(config, trainable)
+    }
+  measured = {name: lesions.measure(*net) for name, net in nets.items()}
+  return measured, lesions.draw(measured, out)
+
+
+def _each(
+  config: ConfigDict, methods: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, ConfigDict]]:
+  for name, fields in methods.items():
+    yield name, set_fields(config.copy_and_resolve_references(), dict(fields))
+
+
+def _method(workdir: Path) -> str:
+  """The method of a run, as it is drawn."""
+  return networks.config_of(workdir).model.method
+
+
+def plain(value: Any) -> Any:
+  """Arrays as lists, for JSON."""
+  if isinstance(value, Mapping):
+    return {str(k): plain(v) for k, v in value.items()}
+  return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+KINDS: dict[str, Callable] = {
+  'propagation': of_propagation,
+  'curvature': of_curvature,
+  'paths': of_paths,
+  'lesions': of_lesions,
+  'shattered': of_shattered,
+}
+
+
+if __name__ == '__main__':
+  main()
