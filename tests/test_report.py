@@ -10,6 +10,7 @@ from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell, cells
 from skipinit_jax.experiments.report import write_report
 from skipinit_jax.experiments.selection import runs_at
 from skipinit_jax.experiments.studies import Axis, Grid, Study
+from skipinit_jax.experiments.tables import Findings
 from skipinit_jax.published import FAILS, Accuracy
 
 EVIL = '<script>alert(1)</script>&"|`$x$'
@@ -80,6 +81,7 @@ def write_run(workdir, run, top1, diverged):
   (folder / 'config.json').write_text('{}')
   images = 360 if run.split == TEST else 240
   values = result(top1, diverged, images)
+  values['chance'] = 0.1 if run.split == TEST else 0.2
   (folder / 'result.json').write_text(json.dumps(values))
   scalars = run.cell.column == 'skipinit'
   lines = map(json.dumps, metrics(diverged, scalars))
@@ -287,6 +289,13 @@ def test_figures_show_all_that_is_done(reported):
   assert 'currentColor' in svg
   assert '#010203' not in svg
   assert '>chance</text>' in svg
+
+
+def test_chance_is_that_of_the_split(tmp_path):
+  grid = make_grid()
+  write_runs(tmp_path, grid)
+  findings = Findings(make_study(grid), grid, 'cifar10', tmp_path)
+  assert findings.chance == {VALIDATION: 0.2, TEST: 0.1}
 
 
 def test_another_data_set_has_the_published_apart_without_differences(tmp_path):

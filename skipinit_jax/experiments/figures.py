@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from skipinit_jax import styles
-from skipinit_jax.experiments.grid import Cell
+from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell
 from skipinit_jax.experiments.selection import Summary
 from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.styles import ALONE, INK, LABELS, STYLES
@@ -78,7 +78,7 @@ def write_figures(
   grid: Grid,
   summaries: Summaries,
   curves: Curves,
-  chance: float,
+  chance: Mapping[str, float],
   *,
   rates_curve: bool,
 ) -> list[Drawing]:
@@ -89,7 +89,7 @@ def write_figures(
     grid: of the study.
     summaries: of its cells.
     curves: the first test run of a cell at its chosen rate, None if not done.
-    chance: accuracy of guessing, a fraction.
+    chance: split -> accuracy of guessing its largest class, a fraction.
     rates_curve: whether to draw rates along the rows.
   """
   folder.mkdir(parents=True, exist_ok=True)
@@ -97,12 +97,12 @@ def write_figures(
   with matplotlib.rc_context(RC):
     for panel in grid.panels.values:
       done = {c: s for c, s in summaries.items() if c.panel == panel}
-      drawings += _accuracy(grid, panel, done, chance)
+      drawings += _accuracy(grid, panel, done, chance[TEST])
       if rates_curve:
         drawings += _optimal_rates(grid, panel, done)
       for row in grid.rows.values:
         of_row = {c: s for c, s in done.items() if c.row == row}
-        drawings += _along_rates(grid, panel, of_row, chance)
+        drawings += _along_rates(grid, panel, of_row, chance[VALIDATION])
       for row in grid.rows.values:
         of_row = {c: curves(c) for c in done if c.row == row}
         drawings += _losses(grid, panel, of_row)

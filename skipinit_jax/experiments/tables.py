@@ -38,6 +38,7 @@ class Findings:
     runs: of every cell, the test runs last and only once the rate is chosen.
     done: the outcomes of the runs that are, by run.
     problems: lines for people.
+    chance: split -> share of its largest class, 0 if none of its runs is done.
   """
 
   def __init__(
@@ -63,7 +64,11 @@ class Findings:
       if (outcome := self.look_up(run))
     }
     self.problems = [*problems, *self.look_up.problems.values()]
-    self.chance = next((o.chance for o in self.done.values()), 0.0)
+    self.chance = dict.fromkeys((VALIDATION, TEST), 0.0) | {
+      run.split: self.done[run.id].chance
+      for run in every.values()
+      if run.id in self.done
+    }
 
   def curve(self, cell: Cell) -> Curve | None:
     """The first test run of a cell at the chosen rate."""
@@ -167,7 +172,7 @@ def make_facts(findings: Findings) -> list[tuple[str, str]]:
     (
       f'Does not train ({DASH})',
       'The test accuracy is not above the share of the largest class '
-      f'({findings.chance:.1%}) by three standard errors.',
+      f'({findings.chance[TEST]:.1%}) by three standard errors.',
     ),
     ('Setting', grid.choices),
     ('Changed by hand', changed),
