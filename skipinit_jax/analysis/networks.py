@@ -41,7 +41,8 @@ def at_start(config: ConfigDict, images: int = 360) -> Network:
     InputError: a network that can't be, or its data is missing.
   """
   data = open_dataset(config.data)
-  model = build_model(config, data.num_classes)
+  # Looked at on one device: there is no axis to average statistics over.
+  model = build_model(config, data.num_classes).clone(axis_name=None)
   variables = init_variables(model, data.image_shape, config.seed)
   return Network(model, variables, *_some_images(data, images))
 
@@ -67,7 +68,8 @@ def of_run(workdir: Path, images: int = 360) -> Network:
     raise InputError(f'{workdir} holds no checkpoint')
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
   variables = jax.tree.map(jax.numpy.asarray, jax.device_get(variables))
-  return Network(program.model, variables, *_some_images(data, images))
+  model = program.model.clone(axis_name=None)
+  return Network(model, variables, *_some_images(data, images))
 
 
 def config_of(workdir: Path) -> ConfigDict:

@@ -268,6 +268,12 @@ def draw(
 
 
 def _figure(measured: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+  largest = max(result['norm'].max() for result in measured.values())
+  if not largest > 0:
+    raise InputError(
+      'no path has a gradient; expected a classifier that does not start at '
+      'zero: --config.model.classifier_init=he, or a trained network'
+    )
   figure, (lengths, norms, shares) = plots.new_figure(3, 1, sharex=True)
   paths = next(iter(measured.values()))['paths']
   lengths.bar(np.arange(len(paths)), paths, color='0.6')
@@ -282,7 +288,6 @@ def _figure(measured: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     label = f'{plots.LABELS[method]} (mean {result["effective_depth"]:.1f})'
     norms.plot(length, result['norm'][length], label=label, **style)
     shares.plot(length, result['gradient'][length], **style)
-  largest = max(result['norm'].max() for result in measured.values())
   norms.set_yscale('log')
   norms.set_ylim(max(SHOWN * largest, norms.get_ylim()[0]), 10 * largest)
   plots.log_axis(norms)
