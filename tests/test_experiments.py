@@ -212,11 +212,14 @@ def test_a_runner_that_ends_takes_its_runs_along_and_they_are_saved(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')  # Ray's own.
-def test_ray_starts_the_runs_of_a_lost_machine_again(tmp_path):
+def test_ray_starts_the_runs_of_a_lost_machine_again(tmp_path, monkeypatch):
   pytest.importorskip('ray')
+  monkeypatch.setenv('XLA_FLAGS', '')  # One device a run.
   from ray.cluster_utils import Cluster
 
-  grid = dataclasses.replace(GRID, rates=(-6,), overrides={'epochs': 800.0})
+  grid = dataclasses.replace(
+    GRID, rates=(-6,), overrides={'epochs': 800.0, 'eval_every_epochs': 800.0}
+  )
   cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 0})
   machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
   try:
