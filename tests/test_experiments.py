@@ -217,8 +217,9 @@ def test_ray_starts_the_runs_of_a_lost_machine_again(tmp_path, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '')  # One device a run.
   from ray.cluster_utils import Cluster
 
+  fields = {'epochs': 800.0, 'eval_every_epochs': 800.0}
   grid = dataclasses.replace(
-    GRID, rates=(-6,), overrides={'epochs': 800.0, 'eval_every_epochs': 800.0}
+    GRID, rates=(-6,), overrides=fields | {'checkpoint_every_steps': 100}
   )
   cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 0})
   machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -229,7 +230,7 @@ def test_ray_starts_the_runs_of_a_lost_machine_again(tmp_path, monkeypatch):
     ):
       done = pool.submit(runner.run_study, grid, tmp_path, submit)
       end = time.monotonic() + 180
-      while len(before := steps_of(tmp_path)) < 2:
+      while len(before := steps_of(tmp_path)) < 2 or min(before.values()) < 250:
         assert time.monotonic() < end
         time.sleep(0.1)
       cluster.remove_node(machines[0], allow_graceful=False)
