@@ -274,7 +274,7 @@ def test_runs_that_differ_in_rate_and_seed_share_a_program():
   def text(**changes):
     config = recipe(model__method='fixup', schedule__name='cosine', **changes)
     program = make_program(config, data_of(config))
-    state = jax.eval_shape(lambda: fresh_state(config, program))
+    state = replicate(fresh_state(config, program))
     batch, _ = next(data_of(config).inputs(replicate, config, 0))
     return program.train_step.lower(state, batch, tell(), 1).as_text()
 
