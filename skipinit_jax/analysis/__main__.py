@@ -33,6 +33,7 @@ from skipinit_jax.training.recipes import (
   parse_overrides,
   set_fields,
 )
+from skipinit_jax.training.saved import config_of
 
 BAD_INPUT = 2
 # What the paths and the lesions compare, and the fields that make it.
@@ -150,7 +151,7 @@ def _each(
 
 def _method(workdir: Path) -> str:
   """The method of a run, as it is drawn."""
-  return networks.config_of(workdir).model.method
+  return config_of(workdir).model.method
 
 
 def plain(value: Any) -> Any:

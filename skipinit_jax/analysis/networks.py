@@ -1,6 +1,5 @@
 """What an analysis looks at: a network at its start, or that of a run."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +10,10 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
-from skipinit_jax.errors import InputError
 from skipinit_jax.training import train
-from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
-from skipinit_jax.training.config import build_model, default_config, peak_rate
-from skipinit_jax.training.program import make_program
-from skipinit_jax.training.startup import CONFIG, init_variables, initial_state
+from skipinit_jax.training.config import build_model
+from skipinit_jax.training.saved import load_run
+from skipinit_jax.training.startup import init_variables
 
 
 class Network(NamedTuple):
@@ -53,35 +50,9 @@ def of_run(workdir: Path, images: int = 360) -> Network:
   Raises:
     InputError: the folder holds no run, or no checkpoint.
   """
-  config = config_of(workdir)
-  if not (workdir / FOLDER).is_dir():
-    raise InputError(f'{workdir} holds no checkpoint')
-  data = open_dataset(config.data)
-  program = make_program(config, data)
-  rate = np.float32(peak_rate(config))
-  like = jax.eval_shape(
-    lambda: initial_state(program, config, data, np.uint32(config.seed), rate)
-  )
-  with Checkpoints(workdir, config, print) as checkpoints:
-    _, state = checkpoints.restore_latest(like)
-  if state is None:
-    raise InputError(f'{workdir} holds no checkpoint')
-  variables = {'params': state.params, 'batch_stats': state.batch_stats}
-  variables = jax.tree.map(jax.numpy.asarray, jax.device_get(variables))
-  model = program.model.clone(axis_name=None)
-  return Network(model, variables, *_some_images(data, images))
-
-
-def config_of(workdir: Path) -> ConfigDict:
-  """The config that a run was started with; InputError if there is none."""
-  try:
-    fields = json.loads((workdir / CONFIG).read_text())
-  except (OSError, ValueError):
-    raise InputError(f'{workdir} holds no run: {CONFIG} is missing') from None
-  config = default_config()
-  with config.unlocked():
-    config.update(fields)
-  return config
+  run = load_run(workdir)
+  images = _some_images(run.data, images)
+  return Network(run.model, run.variables, *images)
 
 
 def trained(config: ConfigDict, workdir: Path, images: int = 360) -> Network:

@@ -131,21 +131,24 @@ class Checkpoints:
     for step in reversed(steps):
       try:
         return step, self.restore(step, like)
-      except _Damaged as error:
-        line = f'checkpoint of step {step} is damaged ({error})'
+      except Damaged as error:
         before = [s for s in steps if s < step]
         if not before:
-          raise RunError(f'{line}, and there is none before it') from None
+          raise RunError(f'{error}, and there is none before it') from None
         if not self._config.fall_back:
           raise RunError(
-            f'{line}; --config.fall_back=True goes on from step {before[-1]}'
+            f'{error}; --config.fall_back=True goes on from step {before[-1]}'
           ) from None
-        self._say(f'{line}; going on from step {before[-1]}')
+        self._say(f'{error}; going on from step {before[-1]}')
         self._set_aside(step)
     return None, None
 
   def restore(self, step: int, like: TrainState) -> TrainState:
-    """The state saved at `step`; see `restore_latest`."""
+    """The state saved at `step`; see `restore_latest`.
+
+    Raises:
+      Damaged: it can't be read, or not as it was written.
+    """
     wanted = serialization.to_state_dict(like)
     try:
       saved = self._manager.item_metadata(step)['state']
@@ -167,10 +170,10 @@ class Checkpoints:
     except InputError:
       raise
     except Exception as error:  # Orbax raises bare exceptions here.
-      raise _Damaged(_first_line(error)) from None
+      raise Damaged(step, _first_line(error)) from None
     tree = restored['state']
     if digest(tree) != restored['check']['sha256']:
-      raise _Damaged('its arrays are not those that were saved')
+      raise Damaged(step, 'its arrays are not those that were saved')
     return replicate(serialization.from_state_dict(like, convert(tree)))
 
   def wait(self) -> None:
@@ -198,8 +201,11 @@ class Checkpoints:
     self._open()
 
 
-class _Damaged(Exception):
+class Damaged(RunError):
   """A checkpoint that can't be read, or not as it was written."""
+
+  def __init__(self, step: int, reason: str):
+    super().__init__(f'checkpoint of step {step} is damaged ({reason})')
 
 
 class _reasons:

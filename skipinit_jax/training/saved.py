@@ -1,0 +1,99 @@
+"""A run that is there already: its config, and a network that it saved."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from skipinit_jax.data import open_dataset
+from skipinit_jax.errors import InputError
+from skipinit_jax.models.resnet import ResNet
+from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
+from skipinit_jax.training.config import default_config, peak_rate
+from skipinit_jax.training.program import make_program
+from skipinit_jax.training.startup import CONFIG, initial_state, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+  """A network as a run saved it.
+
+  Attributes:
+    config: of the run.
+    data: of `data.open_dataset`.
+    model: without an axis name: it runs on one device.
+    step: steps made.
+    variables: {'params': ..., 'batch_stats': ...}, float32 arrays.
+    averages: the same of the moving averages, None where there are none.
+  """
+
+  config: ConfigDict
+  data: Any
+  model: ResNet
+  step: int
+  variables: dict[str, Any]
+  averages: dict[str, Any] | None
+
+
+def config_of(workdir: os.PathLike | str) -> ConfigDict:
+  """The config that a run was started with; InputError if there is none."""
+  try:
+    fields = json.loads((epath.Path(workdir) / CONFIG).read_text())
+  except (OSError, ValueError):
+    raise InputError(f'{workdir} holds no run: {CONFIG} is missing') from None
+  config = default_config()
+  with config.unlocked():  # Data sets have fields of their own.
+    config.update(fields)
+  return config
+
+
+def saved_steps(workdir: os.PathLike | str) -> list[int]:
+  """The steps whose states a run has kept, in order."""
+  folder = epath.Path(workdir) / FOLDER
+  if not folder.is_dir():
+    return []
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+
+
+def load_run(checkpoint: os.PathLike | str) -> Saved:
+  """The network of a checkpoint.
+
+  Args:
+    checkpoint: the folder of a run, for its newest, or one of the run's folders
+      `checkpoints/STEP`.
+
+  Raises:
+    InputError: the folder holds no run, or no such checkpoint; or the run's
+      config is that of another network.
+    RunError: the checkpoint is damaged.
+  """
+  workdir, step = epath.Path(checkpoint), None
+  if workdir.parent.name == FOLDER and workdir.name.isdecimal():
+    workdir, step = workdir.parent.parent, int(workdir.name)
+  config, steps = config_of(workdir), saved_steps(workdir)
+  if not steps or step not in (None, *steps):
+    there = ', '.join(map(str, steps)) or 'none'
+    raise InputError(f'{checkpoint} holds no checkpoint; steps saved: {there}')
+  data = open_dataset(config.data)
+  program = make_program(config, data)
+  rate, seed = np.float32(peak_rate(config)), np.uint32(config.seed)
+  like = jax.eval_shape(
+    lambda: initial_state(program, config, data, seed, rate)
+  )
+  with Checkpoints(workdir, config, say) as checkpoints:
+    if step is None:
+      step, state = checkpoints.restore_latest(like)
+    else:
+      state = checkpoints.restore(step, like)
+  local = jax.tree.map(jnp.asarray, jax.device_get(state))
+  return Saved(
+    *(config, data, program.model.clone(axis_name=None), step),
+    variables={'params': local.params, 'batch_stats': local.batch_stats},
+    averages=local.ema,
+  )
