@@ -340,6 +340,17 @@ def test_why_a_cell_does_not_train_is_said():
     assert summarize(grid, cell, fake).why_not == words
 
 
+def test_a_cell_that_trains_at_one_rate_is_not_one_that_does_not():
+  grid, cell = tiny(best=2), Cell('', '10', 'none')
+  bad = outcome(0.0, 'diverged', None)
+  fake = Fake(lambda run: outcome(0.9) if run.split == VALIDATION else bad)
+  finish(fake, grid)
+  summary = summarize(grid, cell, fake)
+  assert summary.trains
+  assert summary.result.diverged == 2
+  assert summary.why_not.startswith('reached 90.0 ± 0.0 on the held out')
+
+
 def test_largest_stable_rate_is_the_last_at_which_no_seed_diverged():
   grid, cell = tiny(rates=(-6, -4, -2)), Cell('', '10', 'none')
   bad = outcome(0.0, 'diverged', None)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from skipinit_jax.experiments.grid import (
@@ -76,8 +76,9 @@ class Summary:
     rates: the smallest and the largest exponent within error of it.
     largest_stable: the largest exponent at which no seed diverged.
     result: the mean on the test split at the chosen rate, None until done.
-    trains: whether that beats the largest class by three standard errors.
-    why_not: in words, where it does not.
+    trains: whether any rate, or that result, beats the largest class by three
+      standard errors.
+    why_not: in words, where the result does not.
   """
 
   cell: Cell
@@ -145,11 +146,12 @@ def share_error(share: float, images: int) -> float:
 
 def summarize(grid: Grid, cell: Cell, look_up: Lookup) -> Summary:
   """What is known of a cell from the runs that are done."""
-  by_rate = {}
+  by_rate, good = {}, False
   for rate in grid.rates:
     outcomes = [look_up(r) for r in runs_at(grid, cell, rate, VALIDATION)]
     if all(outcomes):
       by_rate[rate] = mean(outcomes, grid.best)
+      good |= beats_chance(by_rate[rate], outcomes)
   if len(by_rate) < len(grid.rates):
     return Summary(cell, by_rate)
   rate, rates = choose_rate(by_rate)
@@ -159,14 +161,25 @@ def summarize(grid: Grid, cell: Cell, look_up: Lookup) -> Summary:
   if not all(outcomes):
     return summary
   result = mean(outcomes, grid.best)
-  chance, images = outcomes[0].chance, outcomes[0].eval_size
-  trains = result.top1 > chance + 3 * share_error(chance, images)
+  if beats_chance(result, outcomes):
+    reason = ''
+  elif good:
+    held_out = by_rate[rate]
+    reason = (
+      f'reached {100 * held_out.top1:.1f} ± {100 * held_out.error:.1f} on the '
+      'held out images; trained on the whole split at the same rate, it fails'
+    )
+  else:
+    reason = why_not(by_rate)
   return dataclasses.replace(
-    summary,
-    result=result,
-    trains=trains,
-    why_not='' if trains else why_not(by_rate),
+    summary, result=result, trains=good or not reason, why_not=reason
   )
+
+
+def beats_chance(result: Mean, outcomes: Sequence[Outcome]) -> bool:
+  """Whether a mean of outcomes lies three errors above the largest class."""
+  chance, images = outcomes[0].chance, outcomes[0].eval_size
+  return result.top1 > chance + 3 * share_error(chance, images)
 
 
 def choose_rate(by_rate: Mapping[int, Mean]) -> tuple[int, tuple[int, int]]:

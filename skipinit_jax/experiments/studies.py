@@ -213,37 +213,51 @@ PARTS = (
 FIRST = ('batchnorm', 'fixup', 'skipinit_sqrt', 'skipinit', 'none')
 IMAGENET_ROWS = (*(n for n in VARIANTS if n.startswith('imagenet:')), 'clipped')
 
+
+def by_depth(
+  columns: tuple[str, ...],
+  *,
+  digits: Mapping[str, Any],
+  cifar10: Mapping[str, Any],
+) -> dict[str, Grid]:
+  """Grids of depths: what they share, and what is said of each data set."""
+  small = {
+    'recipe': 'digits',
+    'fields': DIGITS,
+    'rows': depths(16, 100),
+    'columns': columns,
+    'validation': 240,
+    'choices': DIGITS_CHOICES,
+  }
+  published_size = {
+    'recipe': 'cifar10',
+    'fields': CIFAR,
+    'rows': depths(16, 100, 1000),
+    'columns': columns,
+    'validation': 5000,
+    'choices': CIFAR_CHOICES,
+  }
+  return {
+    'digits': Grid(**{**small, **digits}),
+    **cifar(Grid(**{**published_size, **cifar10})),
+  }
+
+
 DEPTH = Study(
   name='depth',
   title='Accuracy against depth',
   question='Do deep residual networks train with batch normalization or the '
   'scalar, and not without?',
-  grids={
-    'digits': Grid(
-      recipe='digits',
-      fields=DIGITS,
-      rows=depths(16, 40, 100),
-      columns=TABLE_1,
-      rates=(-6, -4, -3, -2),
-      validation=240,
-      seeds=1,
-      best=1,
-      choices=DIGITS_CHOICES,
-    ),
-    **cifar(
-      Grid(
-        recipe='cifar10',
-        fields=CIFAR,
-        rows=depths(16, 100, 1000),
-        columns=TABLE_1,
-        rates=(-5, -4, -3, -2, -1, 0),
-        validation=5000,
-        seeds=7,
-        best=5,
-        choices=CIFAR_CHOICES,
-      )
-    ),
-  },
+  grids=by_depth(
+    TABLE_1,
+    digits={
+      'rows': depths(16, 40, 100),
+      'rates': (-6, -4, -3, -2),
+      'seeds': 1,
+      'best': 1,
+    },
+    cifar10={'rates': (-5, -4, -3, -2, -1, 0), 'seeds': 7, 'best': 5},
+  ),
   published={
     **published.DEPTH,
     'skipinit_1': published.ABLATIONS['skipinit_1'],
@@ -255,32 +269,11 @@ ABLATIONS = Study(
   name='ablations',
   title='What the scalar must be',
   question='Does the scalar have to start small, and does L2 make it train?',
-  grids={
-    'digits': Grid(
-      recipe='digits',
-      fields=DIGITS,
-      rows=depths(16, 100),
-      columns=TABLE_2,
-      rates=(-6, -4, -3, -2),
-      validation=240,
-      seeds=1,
-      best=1,
-      choices=DIGITS_CHOICES,
-    ),
-    **cifar(
-      Grid(
-        recipe='cifar10',
-        fields=CIFAR,
-        rows=depths(16, 100, 1000),
-        columns=TABLE_2,
-        rates=(-6, -5, -4, -3, -2, -1),
-        validation=5000,
-        seeds=7,
-        best=5,
-        choices=CIFAR_CHOICES,
-      )
-    ),
-  },
+  grids=by_depth(
+    TABLE_2,
+    digits={'rates': (-6, -4, -3, -2), 'seeds': 2, 'best': 2},
+    cifar10={'rates': (-6, -5, -4, -3, -2, -1), 'seeds': 7, 'best': 5},
+  ),
   published={**published.ABLATIONS, 'skipinit': published.DEPTH['skipinit']},
   source=f'{published.ABLATIONS_SOURCE} and, for SkipInit 0, table 1',
 )
@@ -289,37 +282,20 @@ FIXUP_PARTS = Study(
   name='fixup_parts',
   title="Fixup's parts, each alone",
   question="Which of Fixup's parts make deep networks train?",
-  grids={
-    'digits': Grid(
-      recipe='digits',
-      fields=DIGITS,
-      rows=depths(16, 100),
-      columns=PARTS,
-      rates=(-6, -4, -3, -2),
-      validation=240,
-      seeds=1,
-      best=1,
-      choices=DIGITS_CHOICES,
-    ),
-    **cifar(
-      Grid(
-        recipe='cifar10',
-        fields=CIFAR,
-        rows=depths(16, 100, 1000),
-        columns=PARTS,
-        rates=(-7, -5, -4, -3, -2, -1),
-        validation=5000,
-        seeds=3,
-        best=3,
-        choices=f"{CIFAR_CHOICES} Fixup's own blocks, with its classifier at "
-        'zero in every column.',
-      )
-    ),
-  },
+  grids=by_depth(
+    PARTS,
+    digits={'rates': (-8, -6, -4, -3), 'seeds': 1, 'best': 1},
+    cifar10={
+      'rates': (-7, -5, -4, -3, -2, -1),
+      'seeds': 3,
+      'best': 3,
+      'choices': f"{CIFAR_CHOICES} Fixup's own blocks, with its classifier at "
+      'zero in every column.',
+    },
+  ),
   published={},
   source='',
 )
-
 
 BATCH_SIZE = Study(
   name='batch_size',

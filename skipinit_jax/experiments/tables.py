@@ -200,7 +200,8 @@ def _accuracies(findings: Findings, panel: str) -> Table:
 
   of_panel = [s for c, s in findings.summaries.items() if c.panel == panel]
   notes = [
-    f'{cell_name(grid, s.cell)} ({DASH}): {s.why_not}; {_test_words(s)}.'
+    f'{cell_name(grid, s.cell)} ({_ours(findings, s.cell).text}): '
+    f'{s.why_not}; {_test_words(s)}.'
     for s in of_panel
     if s.why_not
   ]
