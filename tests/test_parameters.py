@@ -18,7 +18,12 @@ from skipinit_jax.models import (
   param_labels,
   stack_blocks,
 )
-from skipinit_jax.models.parameters import LEAVES, count_parameters
+from skipinit_jax.models.parameters import (
+  LEAVES,
+  block_names,
+  block_norms,
+  count_parameters,
+)
 
 MODELS = {
   'wide': WideResNet(16, 2),
@@ -181,3 +186,24 @@ def test_alphas_are_in_the_order_of_the_blocks_in_both_forms():
   deep = {f'block{i}': {'out': {'alpha': np.float32(i)}} for i in range(1, 12)}
   assert [*alphas({'body': deep})] == [f'body/block{i}' for i in range(1, 12)]
   assert alphas({'dense': {'kernel': 1}}) == {}
+
+
+def test_blocks_are_named_and_measured_alike_in_both_forms():
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(np.float32),
+    params_of(WideResNet(22, 1), 'skipinit'),
+  )
+  names = [f'stage{s}/block{b}' for s in (1, 2, 3) for b in (1, 2, 3)]
+  stacked = stack_blocks(params)
+  assert block_names(params) == block_names(stacked) == names
+  norms = block_norms(params)
+  np.testing.assert_allclose(block_norms(stacked), norms, rtol=1e-6)
+  for name, norm in zip(names, norms, strict=True):
+    stage, block = name.split('/')
+    flat = np.concatenate(
+      [np.ravel(leaf) for leaf in jax.tree.leaves(params[stage][block])]
+    )
+    np.testing.assert_allclose(norm, np.linalg.norm(flat), rtol=1e-5)
+  # A network of the reader's own, without blocks.
+  assert block_norms({'dense': {'kernel': np.ones(3)}}).shape == (0,)

@@ -26,7 +26,7 @@ def make_grid(**changes):
   return Grid(
     **{
       'recipe': 'digits',
-      'fields': {'log_alphas': True},
+      'fields': {'watch_every_steps': 5},
       'rows': Axis('depth', {r: {'model.depth': int(r)} for r in TESTED}),
       'columns': ('batchnorm', 'skipinit', 'none'),
       'rates': RATES,

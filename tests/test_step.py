@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from skipinit_jax.analysis.capture import capture
 from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.models.methods import METHODS
+from skipinit_jax.models.parameters import block_names
 from skipinit_jax.training import step as steps
 from skipinit_jax.training.checkpoints import Checkpoints
 from skipinit_jax.training.config import default_config, peak_rate
@@ -281,6 +283,55 @@ def test_runs_that_differ_in_rate_and_seed_share_a_program():
   ours = text()
   assert text(seed=3, optimizer__learning_rate=0.7) == ours
   assert text(optimizer__l2=0.1) != ours
+
+
+@pytest.mark.parametrize('method', ['skipinit', 'batchnorm', 'fixup'])
+@pytest.mark.parametrize('scan', [False, True])
+def test_watched_shares_are_those_of_a_capture_of_the_whole_batch(method, scan):
+  config = recipe(
+    **{'model__method': method, 'model__statistics_group': 'all'},
+    **{'model__depth': 16, 'model__scan': scan},
+  )
+  data = data_of(config)
+  program = make_program(config, data)
+  variables = init_variables(program.model, (8, 8, 1), 0)
+  rng = np.random.default_rng(1)
+  variables = jax.tree.map(
+    lambda p: (p + 0.1 * rng.normal(size=p.shape)).astype(np.float32), variables
+  )
+  state = steps.create_state(variables, program.tx, rate=1.0, seed=0)
+  batch, _ = next(data.inputs(replicate, config, 0))
+  ours = jax.device_get(program.watch_step(replicate(state), batch, tell()))
+
+  (images, labels, examples), (_, key) = jax.vmap(
+    lambda _: steps.draw(state, batch, data.choose, BATCH), axis_name=AXIS
+  )(jnp.zeros(1))
+  images, _ = data.augmentation(images[0], labels[0], key[0], examples[0])
+  model = program.model.clone(axis_name=None)
+  theirs = capture(model, variables, images)
+  assert [*theirs['name']] == block_names(state.params)
+  assert len({*np.round(theirs['share'], 4)}) == 6
+  np.testing.assert_allclose(ours['branch_share'], theirs['share'], rtol=1e-4)
+
+
+def test_watched_gradient_norms_are_those_of_each_block():
+  config = recipe(model__method='skipinit', watch_every_steps=7)
+  # At a rate of 1 without momentum the update is the gradient.
+  config.optimizer.momentum = config.optimizer.l2 = 0.0
+  config.optimizer.learning_rate = 1.0
+  _, program = pure_step(config)
+  before = fresh_state(config, program)
+  after, metrics = run(config)
+  grads = jax.tree.map(jnp.subtract, before.params, after.params)
+  names = block_names(grads)
+  assert names == [f'stage{s}/block1' for s in (1, 2, 3)]
+  for name, norm in zip(names, metrics['block_grad_norm'], strict=True):
+    stage, block = name.split('/')
+    square = sum(
+      np.sum(np.square(np.asarray(leaf, np.float64)))
+      for leaf in jax.tree.leaves(grads[stage][block])
+    )
+    np.testing.assert_allclose(norm, np.sqrt(square), rtol=1e-4)
 
 
 def test_several_steps_in_a_call_are_single_steps():

@@ -20,14 +20,16 @@ def ends_of_calls(times, start=0):
 
 
 def due(times, step):
-  return times.logs(step) or times.evaluates(step) or times.saves(step)
+  kinds = times.logs, times.evaluates, times.saves, times.watches
+  return any(kind(step) for kind in kinds)
 
 
 def random_tables(number):
   rng = random.Random(0)
   for _ in range(number):
     intervals = [rng.randint(1, 12) for _ in range(4)]
-    yield Timetable(rng.randint(1, 60), *intervals, per_epoch=7.5)
+    watch = rng.choice([None, rng.randint(1, 12)])
+    yield Timetable(rng.randint(1, 60), *intervals, 7.5, watch)
 
 
 def test_calls_tile_the_run_and_end_on_every_due_step():
@@ -48,11 +50,12 @@ def test_calls_after_a_due_step_do_not_depend_on_where_the_run_began():
 
 
 def test_each_thing_is_due_at_multiples_and_at_the_end():
-  times = Timetable(10, 4, 3, 5, per_call=1, per_epoch=3.0)
+  times = Timetable(10, 4, 3, 5, per_call=1, per_epoch=3.0, watch_every=6)
   steps = range(1, 11)
   assert [s for s in steps if times.logs(s)] == [4, 8, 10]
   assert [s for s in steps if times.evaluates(s)] == [3, 6, 9, 10]
   assert [s for s in steps if times.saves(s)] == [5, 10]
+  assert [s for s in range(11) if times.watches(s)] == [0, 6, 10]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from runs import last_state
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
-from skipinit_jax.training import startup, train
+from skipinit_jax.training import devices, startup, train
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.evaluate import evaluate
 from skipinit_jax.training.lines import dumps
@@ -115,13 +115,19 @@ def test_metrics_have_their_keys_at_their_steps(done):
 
 
 @pytest.mark.parametrize('scan', [False, True])
-def test_scalars_are_logged_by_block_where_asked(scan, tmp_path):
-  config = recipe(log_alphas=True, model__scan=scan, model__depth=16)
+def test_blocks_are_watched_where_asked(scan, tmp_path):
+  config = recipe(watch_every_steps=5, model__scan=scan, model__depth=16)
+  config.model.alpha = '0.5'
   train(config, tmp_path / 'run')
   lines = [x for x in read_metrics(tmp_path / 'run') if 'alpha' in x]
-  assert [line['step'] for line in lines] == [4, 8, 12]
+  assert [line['step'] for line in lines] == [0, 5, 10, 12]
   blocks = [f'stage{s}/block{b}' for s in (1, 2, 3) for b in (1, 2)]
-  assert all([*line['alpha']] == blocks for line in lines)
+  for i, line in enumerate(lines):
+    kinds = ['alpha', 'branch_share', *(['block_grad_norm'] if i else [])]
+    assert line.keys() == {'step', 'epoch', *kinds}
+    assert all([*line[kind]] == blocks for kind in kinds)
+    assert all(0 < value < 1 for value in line['branch_share'].values())
+  assert {*lines[0]['alpha'].values()} == {0.5}
   # The last line is of the parameters at the end.
   state = last_state(tmp_path / 'run')
   for block, value in lines[-1]['alpha'].items():
@@ -131,9 +137,31 @@ def test_scalars_are_logged_by_block_where_asked(scan, tmp_path):
     else:
       leaf = state[f"['params']['{stage}']['block{number}']['conv2']['alpha']"]
     assert value == pytest.approx(float(leaf), rel=1e-6)
-    assert value != 0
-  train(recipe(log_alphas=True, model__method='none'), tmp_path / 'other')
-  assert not any('alpha' in x for x in read_metrics(tmp_path / 'other'))
+    assert value != 0.5
+
+
+def test_what_a_network_has_not_is_not_watched(tmp_path):
+  config = recipe(watch_every_steps=5, model__method='none', model__skip=False)
+  train(config, tmp_path)
+  lines = [x for x in read_metrics(tmp_path) if 'block_grad_norm' in x]
+  assert [line['step'] for line in lines] == [5, 10, 12]
+  assert all(x.keys() == {'step', 'epoch', 'block_grad_norm'} for x in lines)
+
+
+def test_nothing_is_watched_unless_asked(done):
+  config, workdir, _ = done
+  kinds = {'alpha', 'branch_share', 'block_grad_norm'}
+  assert not any(kinds & line.keys() for line in read_metrics(workdir))
+  data = open_dataset(config.data)
+  program = make_program(config, data)
+  state = jax.eval_shape(
+    lambda: startup.initial_state(program, config, data, 0, 1.0)
+  )
+  batch, _ = next(data.inputs(devices.replicate, config, 0))
+  _, metrics = jax.eval_shape(
+    program.train_step, state, batch, devices.tell(), 1
+  )
+  assert not kinds & metrics.keys()
 
 
 def test_tensorboard_events_hold_the_metrics(done):

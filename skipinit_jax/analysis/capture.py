@@ -1,20 +1,16 @@
 """What passes through the blocks of a network: variances of skip and branch."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import flax
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from skipinit_jax.errors import InputError
-from skipinit_jax.models.skipinit import Join
+from skipinit_jax.models.moments import SOWN, recorder
 from skipinit_jax.models.stages import STACKED
-
-SOWN = 'moments_of_'
 
 
 def capture(
@@ -76,27 +72,7 @@ def capture(
       is no array (batch, ..., channels), or a module within a scan that does
       not stack 'intermediates'.
   """
-  seen: dict[str, None] = {}  # In order; a scan traces its body repeatedly.
-
-  def record(call, args, kwargs, context):
-    out = call(*args, **kwargs)
-    module = context.module
-    path = '/'.join(module.path)
-    if context.method_name != '__call__' or not _wanted(module, path, pattern):
-      return out
-    if getattr(out, 'ndim', 0) < 2:
-      kind = getattr(out, 'shape', type(out).__name__)
-      raise InputError(
-        f'{path} returns {kind}; expected an array (batch, ..., channels)'
-      )
-    seen[path] = None
-    values = {f'output_{name}': v for name, v in _moments(out).items()}
-    if pattern is None:
-      values |= _of_join(module, *args, **kwargs)
-    for name, value in values.items():
-      module.sow('intermediates', SOWN + name, value)
-    return out
-
+  record, seen = recorder(pattern)
   mutable = ['intermediates', *(name for name in variables if name != 'params')]
   options = {} if train is None else {'train': train}
   with nn.intercept_methods(record):
@@ -119,38 +95,6 @@ def capture(
 def second_moment(captured: Mapping[str, np.ndarray], path: str) -> np.ndarray:
   """Mean square of the elements of 'skip', 'branch' or 'output', (blocks,)."""
   return captured[f'{path}_variance'] + captured[f'{path}_squared_mean']
-
-
-def _wanted(module: nn.Module, path: str, pattern: str | None) -> bool:
-  if pattern is None:
-    return isinstance(module, Join)
-  return re.fullmatch(pattern, path) is not None
-
-
-def _moments(x: jax.Array) -> dict[str, jax.Array]:
-  """Mean variance of the channels, and mean square of their means; both ()."""
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  over = tuple(range(x.ndim - 1))
-  return {
-    'variance': x.var(over).mean(),
-    'squared_mean': jnp.square(x.mean(over)).mean(),
-  }
-
-
-def _of_join(
-  module: Join, skip: jax.Array, branch: jax.Array
-) -> dict[str, jax.Array]:
-  values = {f'skip_{name}': v for name, v in _moments(skip).items()}
-  values |= {f'branch_{name}': v for name, v in _moments(branch).items()}
-  # Of the block that the join is in: a folded scalar lies in the last layer.
-  block = module.parent.variables.get('params', {}) if module.parent else {}
-  scalars = [
-    layer['alpha']
-    for layer in block.values()
-    if isinstance(layer, Mapping) and 'alpha' in layer
-  ]
-  alpha = scalars[0] if len(scalars) == 1 else 1.0
-  return {**values, 'alpha': jnp.asarray(alpha)}
 
 
 def _of_path(path: str, sown: Mapping[str, Any]) -> dict[str, np.ndarray]:

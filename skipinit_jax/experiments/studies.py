@@ -149,7 +149,7 @@ def batch_fields(batch: int) -> Fields:
 # Small enough for minutes on two CPU cores.
 DIGITS = {
   **{'epochs': 8.0, 'eval_every_epochs': 8.0, 'checkpoint_every_steps': 100},
-  **{'optimizer.l2': 5e-4, 'log_alphas': True},
+  **{'optimizer.l2': 5e-4, 'watch_every_steps': 45},
 }
 DIGITS_CHOICES = (
   'On the digits everything but the method is our choice: n-1 Wide-ResNets, '
@@ -159,7 +159,7 @@ CIFAR_CHOICES = (
   'Our choices: batches of 128, ghost batches of 64, L2 on kernels only, rates '
   'chosen on 5,000 held out training images.'
 )
-CIFAR = {'model.width': 2, 'eval_every_epochs': 10.0, 'log_alphas': True}
+CIFAR = {'model.width': 2, 'eval_every_epochs': 10.0, 'watch_every_steps': 500}
 
 
 def cifar(grid: Grid) -> dict[str, Grid]:
@@ -355,7 +355,7 @@ IMAGENET = Study(
     ),
     'imagenet2012': Grid(
       recipe='imagenet',
-      fields={'log_alphas': True},
+      fields={'watch_every_steps': 1000},
       rows=batches(256, 1024, 4096),
       columns=IMAGENET_ROWS,
       rates=(-1, 0, 1),

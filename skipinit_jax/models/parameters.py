@@ -1,10 +1,11 @@
 """Which parameters decay, and which have a rate of their own, by leaf name."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.models.stages import STACKED
@@ -99,11 +100,55 @@ def alphas(params: Any) -> dict[str, jax.Array]:
         found[block.replace(STACKED, f'block{i + 2}')] = leaf[i]
     elif names[-1] == 'alpha':
       found[block] = leaf
+  return {block: found[block] for block in in_order(found)}
 
-  def order(block: str) -> list[Any]:
-    return [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', block)]
 
-  return {block: found[block] for block in sorted(found, key=order)}
+def block_names(params: Any) -> list[str]:
+  """The blocks of a network, from the input to the output: 'stage1/block2'."""
+  names = []
+  for block, leaves in _by_block(params).items():
+    if block.endswith(f'/{STACKED}'):
+      stage, count = block.removesuffix(STACKED), leaves[0].shape[0]
+      names += [f'{stage}block{i + 2}' for i in range(count)]
+    else:
+      names.append(block)
+  return names
+
+
+def block_norms(grads: Any) -> jax.Array:
+  """The norm of every block's part of a gradient, (blocks,).
+
+  Args:
+    grads: like the parameters of a network, its blocks numbered or stacked; in
+      the order of `block_names`.
+  """
+  squares = []
+  for block, leaves in _by_block(grads).items():
+    stacked = block.endswith(f'/{STACKED}')
+    rows = leaves[0].shape[0] if stacked else 1
+    squares.append(
+      sum(jnp.square(leaf).reshape(rows, -1).sum(1) for leaf in leaves)
+    )
+  return jnp.sqrt(jnp.concatenate(squares)) if squares else jnp.zeros(0)
+
+
+def _by_block(tree: Any) -> dict[str, list[jax.Array]]:
+  """The leaves of every block, or of all stacked ones of a stage, in order."""
+  found: dict[str, list[jax.Array]] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    names = jax.tree_util.keystr(path, simple=True, separator='/')
+    if match := re.match(rf'(?:[^/]+/)*(?:block\d+|{STACKED})(?=/)', names):
+      found.setdefault(match[0], []).append(leaf)
+  return {block: found[block] for block in in_order(found)}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+  """Sorted by the numbers in them: block2 before block10."""
+
+  def order(name: str) -> list[Any]:
+    return [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', name)]
+
+  return sorted(names, key=order)
 
 
 def count_parameters(params: Any) -> dict[str, tuple[int, int]]:

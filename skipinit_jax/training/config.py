@@ -100,7 +100,9 @@ def default_config() -> ConfigDict:
   config.schedule.factor = 0.1  # by this factor.
 
   config.log_every_steps = 100
-  config.log_alphas = False  # Every block's scalar, on each of these lines.
+  # Every block's scalar, its branch's share of the signal and the norm of its
+  # gradient, once in so many steps; unset: never.
+  config.watch_every_steps = placeholder(int)
   config.eval_every_epochs = 1.0
   config.checkpoint_every_steps = 1000
   config.keep_checkpoints = 2
@@ -146,6 +148,7 @@ def check_config(config: ConfigDict, device_count: int) -> None:
     *('batch_size', 'eval_batch_size', 'epochs', 'log_every_steps'),
     *('eval_every_epochs', 'checkpoint_every_steps', 'keep_checkpoints'),
     *('micro_batches', 'steps_per_call', 'profile_steps'),
+    'watch_every_steps',
     *('divergence_limit', 'stuck_after_seconds'),
     *('model.depth', 'model.width', 'schedule.every_epochs'),
     *('optimizer.learning_rate', 'optimizer.reference_batch'),

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
-from skipinit_jax.models.parameters import alphas
+from skipinit_jax.models.parameters import alphas, block_names
 from skipinit_jax.training import devices, startup
 from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
 from skipinit_jax.training.config import check_config
@@ -75,8 +75,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       return request.requested is not None
 
     step, state = startup.restore_or_create(program, config, data, checkpoints)
+    blocks = block_names(state.params)
     reporter = Reporter(
-      workdir, step, times, config.batch_size, [*alphas(state.params)]
+      *(workdir, step, times, config.batch_size),
+      {
+        'alpha': [*alphas(state.params)],
+        **dict.fromkeys(('branch_share', 'block_grad_norm'), blocks),
+      },
     )
     reporter.say(
       startup.describe(config, program.model, data, state, times, workdir)
@@ -110,8 +115,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
         batch, unreadable = next(inputs)
       count = times.count(step)
       host = devices.tell(asked(), reporter.unreadable(unreadable))
+      if step == 0 and times.watches(0):
+        reporter.watch(0, program.watch_step(state, batch, host))
       state, metrics = program.train_step(state, batch, host, count)
       step += count
+      if times.watches(step):
+        metrics |= program.watch_step(state, batch, host)
       reporter.train(step, count, metrics)
       request.nothing_to_lose = False
       watchdog.beat(step)

@@ -18,6 +18,8 @@ from skipinit_jax.training.timetable import Timetable
 
 # What differs from run to run; every other field of a line is reproducible.
 TIMINGS = ('images_per_second', 'data_wait_seconds')
+# Metrics that have a value for every block.
+WATCHED = ('alpha', 'branch_share', 'block_grad_norm')
 
 
 class Reporter:
@@ -30,7 +32,7 @@ class Reporter:
     start: steps made already.
     times: when a line is due.
     batch_size: for images a second.
-    blocks: names for the metric `alphas`.
+    names: of the values of each metric of WATCHED.
 
   Attributes:
     diverged: whether metrics that are not finite were read.
@@ -45,14 +47,14 @@ class Reporter:
     start: int,
     times: Timetable,
     batch_size: int,
-    blocks: Sequence[str] = (),
+    names: Mapping[str, Sequence[str]],
   ):
     self._workdir = workdir
     self._lines = Lines(workdir)
     self._writes = jax.process_index() == 0
     self._times = times
     self._batch_size = batch_size
-    self._blocks = blocks
+    self._names = names
     self._board = None
     self._compiled = False
     self._eval = ''
@@ -122,7 +124,7 @@ class Reporter:
       return
     (step, metrics), self._pending = self._pending, None
     arrays = jax.device_get(dict(metrics))
-    alphas = arrays.pop('alphas', None)
+    watched = {k: arrays.pop(k) for k in WATCHED if k in arrays}
     values = {k: v.item() for k, v in arrays.items()}
     self.diverged = not values.pop('finite')
     self.stop = values.pop('stop') > 0
@@ -135,6 +137,8 @@ class Reporter:
       self.last = {'step': step} | values
     elif not self._times.logs(step):
       self._write(step, values)  # What it looked like when it diverged.
+    if self._times.watches(step) and not self.diverged:
+      self.watch(step, watched)
     if self._times.logs(step):
       since, start = self._clock
       rate = (step - since) * self._batch_size / (time.perf_counter() - start)
@@ -142,13 +146,19 @@ class Reporter:
       self.restart_clock(step)
       timings = round(rate, 2), round(waited, 4)
       self._write(step, values | dict(zip(TIMINGS, timings, strict=True)))
-      if alphas is not None:
-        named = zip(self._blocks, alphas.tolist(), strict=True)
-        self._write(step, {'alpha': dict(named)})
       self._bar.set_postfix_str(
         f'{rate:,.0f} images/s, loss {values["loss"]:.4f}, '
         f'top-1 {values["top1"]:.3f}{self._eval}'
       )
+
+  def watch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Writes the metrics of WATCHED, each by block; waits for them."""
+    named = {
+      key: dict(zip(self._names[key], values.tolist(), strict=True))
+      for key, values in jax.device_get(dict(metrics)).items()
+    }
+    if named:
+      self._write(step, named)
 
   def eval(self, step: int, results: Mapping[str, Any]) -> None:
     """Writes the results of an evaluation, see `evaluate`."""

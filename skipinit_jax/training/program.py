@@ -27,6 +27,8 @@ class Program:
     train_step: mapped (state, inputs, host, count) -> (state, metrics), several
       steps where count is more than 1; the state is donated. See
       `step.train_step`.
+    watch_step: mapped (state, inputs, host) -> what is watched; see
+      `step.watch_step`.
     eval_step: mapped (params, batch_stats, images, labels, mask, host) -> sums;
       see `step.eval_step`.
   """
@@ -34,6 +36,7 @@ class Program:
   model: ResNet
   tx: optax.GradientTransformation
   train_step: Callable
+  watch_step: Callable
   eval_step: Callable
 
 
@@ -60,19 +63,22 @@ def make_program(
   model = build_model(config, data.num_classes, platform)
   schedule = make_schedule(config, data.train_size)
   tx = make_optimizer(config, build_method(config), schedule)
+  of_data = {
+    'model': model,
+    'choose': data.choose,
+    'augment': data.augmentation,
+    'batch_size': config.batch_size,
+  }
   train_step = functools.partial(
     steps.train_step,
-    model=model,
+    **of_data,
     tx=tx,
     schedule=schedule,
-    choose=data.choose,
-    augment=data.augmentation,
-    batch_size=config.batch_size,
     micro_batches=config.micro_batches,
     label_smoothing=config.label_smoothing,
     ema_decay=config.ema_decay,
     log_every=config.log_every_steps,
-    log_alphas=config.log_alphas,
+    watch=config.watch_every_steps is not None,
     max_skips=config.divergence_limit if config.on_divergence == 'skip' else 0,
   )
   eval_step = functools.partial(
@@ -81,11 +87,20 @@ def make_program(
   several = functools.partial(
     _several, train_step, in_loop=config.steps_per_call > 1
   )
+  watch = functools.partial(steps.watch_step, **of_data)
+
+  def watch_step(state, inputs, host):
+    del host  # pmap wants an argument that differs between devices.
+    return watch(state, inputs)
+
   return Program(
     model=model,
     tx=tx,
     train_step=map_over_devices(
       several, (None, data.input_axis, 0, None), devices, donate_argnums=0
+    ),
+    watch_step=map_over_devices(
+      watch_step, (None, data.input_axis, 0), devices
     ),
     eval_step=map_over_devices(eval_step, (None, None, 0, 0, 0, 0), devices),
   )

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from skipinit_jax.models.parameters import alphas
+from skipinit_jax.models.moments import branch_moments
+from skipinit_jax.models.parameters import alphas, block_norms
 from skipinit_jax.training.devices import AXIS
 
 
@@ -110,7 +111,7 @@ def train_step(
   label_smoothing: float,
   ema_decay: float | None,
   log_every: int,
-  log_alphas: bool,
+  watch: bool,
   max_skips: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update, under the mapped axis `AXIS`.
@@ -136,24 +137,16 @@ def train_step(
     label_smoothing: see `cross_entropy`.
     ema_decay: of the averaged parameters, None for none.
     log_every: steps over which the reported loss and top1 are averaged.
-    log_alphas: report every block's scalar.
+    watch: report the norm of every block's gradient.
     max_skips: updates in a row that may be skipped as not finite.
 
   Returns:
     The new state and the metrics, scalars equal on all devices: loss and top1
     (averaged since the last multiple of `log_every`), learning_rate, grad_norm,
     param_norm, skipped, finite; stop and replaced, summed over the processes;
-    and alphas, float32 (blocks,), in the order of `models.alphas`.
+    and block_grad_norm, float32 (blocks,), in the order of `block_names`.
   """
-  share = batch_size // jax.lax.axis_size(AXIS)
-  examples = share * jax.lax.axis_index(AXIS) + jnp.arange(share)
-  dropout_key, data_key, augment_key = jax.random.split(
-    jax.random.fold_in(jax.random.key(state.seed), 1), 3
-  )
-  dropout_key, augment_key = (
-    jax.random.fold_in(key, state.step) for key in (dropout_key, augment_key)
-  )
-  images, labels = choose(inputs, data_key, state.step, batch_size, examples)
+  drawn, (dropout_key, augment_key) = draw(state, inputs, choose, batch_size)
 
   def loss_fn(params, images, labels, examples):
     images, targets = augment(images, labels, augment_key, examples)
@@ -170,9 +163,8 @@ def train_step(
     return loss, (top1, changed.get('batch_stats', {}))
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  batch = (images, labels, examples)
   (loss, (top1, batch_stats)), grads = accumulate(
-    functools.partial(grad_fn, state.params), batch, micro_batches
+    functools.partial(grad_fn, state.params), drawn, micro_batches
   )
   loss, top1, batch_stats, grads = jax.lax.pmean(
     (loss, top1, batch_stats, grads), AXIS
@@ -222,9 +214,68 @@ def train_step(
     'finite': finite | skips,
     **jax.lax.psum(host, AXIS),
   }
-  if log_alphas and (scalars := alphas(params)):
-    metrics['alphas'] = jnp.stack([*scalars.values()])
+  if watch:
+    metrics['block_grad_norm'] = block_norms(grads)
   return select(finite, updated, select(skips, passed_over, state)), metrics
+
+
+def draw(
+  state: TrainState, inputs: Any, choose: Callable, batch_size: int
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+  """What the step after `state` is about, on one device of the mapped axis.
+
+  Returns:
+    Images, labels and numbers in the batch of this device's examples; and the
+    step's keys for Dropout and for augmentation.
+  """
+  share = batch_size // jax.lax.axis_size(AXIS)
+  examples = share * jax.lax.axis_index(AXIS) + jnp.arange(share)
+  dropout_key, data_key, augment_key = jax.random.split(
+    jax.random.fold_in(jax.random.key(state.seed), 1), 3
+  )
+  images, labels = choose(inputs, data_key, state.step, batch_size, examples)
+  dropout_key, augment_key = (
+    jax.random.fold_in(key, state.step) for key in (dropout_key, augment_key)
+  )
+  return (images, labels, examples), (dropout_key, augment_key)
+
+
+def watch_step(
+  state: TrainState,
+  inputs: Any,
+  *,
+  model: nn.Module,
+  choose: Callable,
+  augment: Callable,
+  batch_size: int,
+) -> dict[str, jax.Array]:
+  """How far each branch counts, on the images of a step; changes nothing.
+
+  Args:
+    state, inputs, model, choose, augment, batch_size: see `train_step`.
+
+  Returns:
+    alpha, float32, in the order of `alphas`, and branch_share, float32
+    (blocks,), in that of `block_names`: the branch's second moment over those
+    of both paths. Neither where there is none.
+  """
+  drawn, (dropout_key, augment_key) = draw(state, inputs, choose, batch_size)
+  images, labels, examples = drawn
+  images, _ = augment(images, labels, augment_key, examples)
+  moments = branch_moments(
+    model,
+    {'params': state.params, 'batch_stats': state.batch_stats},
+    images,
+    train=True,
+    first_example=examples[0],
+    rngs={'dropout': dropout_key},
+  )
+  skip, branch = jnp.moveaxis(jax.lax.pmean(moments, AXIS), -1, 0)
+  total = skip + branch
+  watched = {'branch_share': jnp.where(total == 0, 0.0, branch / total)}
+  if scalars := alphas(state.params):
+    watched['alpha'] = jnp.stack([*scalars.values()])
+  return {name: value for name, value in watched.items() if value.size}
 
 
 def accumulate(grad_fn: Callable, batch: Any, parts: int) -> Any:

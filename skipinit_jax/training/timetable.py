@@ -18,6 +18,7 @@ class Timetable:
       also happen at the end.
     per_call: the most steps in one call of the device.
     per_epoch: a real number.
+    watch_every: like the other intervals; None: never.
   """
 
   total: int
@@ -26,6 +27,7 @@ class Timetable:
   checkpoint_every: int
   per_call: int
   per_epoch: float
+  watch_every: int | None = None
 
   def logs(self, step: int) -> bool:
     """Whether a line of training metrics is due when `step` steps are made."""
@@ -39,11 +41,20 @@ class Timetable:
     """Whether a checkpoint is due."""
     return step % self.checkpoint_every == 0 or step == self.total
 
+  def watches(self, step: int) -> bool:
+    """Whether a look into the blocks is due."""
+    every = self.watch_every
+    return every is not None and (step % every == 0 or step == self.total)
+
   def count(self, step: int) -> int:
     """Steps in the call after `step`, which ends where something is due."""
     ends = [step + self.per_call, self.total]
-    for every in (self.log_every, self.eval_every, self.checkpoint_every):
-      ends.append(step - step % every + every)
+    for every in (
+      *(self.log_every, self.eval_every, self.checkpoint_every),
+      self.watch_every,
+    ):
+      if every is not None:
+        ends.append(step - step % every + every)
     return min(ends) - step
 
 
@@ -65,4 +76,5 @@ def make_timetable(config: ConfigDict, train_size: int) -> Timetable:
     checkpoint_every=config.checkpoint_every_steps,
     per_call=config.steps_per_call,
     per_epoch=train_size / config.batch_size,
+    watch_every=config.watch_every_steps,
   )
