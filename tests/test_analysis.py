@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from skipinit_jax.analysis import __main__ as cli
-from skipinit_jax.analysis import networks
+from skipinit_jax.analysis import along, networks
+from skipinit_jax.analysis.capture import capture
+from skipinit_jax.errors import InputError
 from skipinit_jax.training import train
+from skipinit_jax.training.metrics import read_metrics
 from skipinit_jax.training.recipes import load_recipe, set_fields
+from skipinit_jax.training.saved import load_run, saved_steps
 
 TINY = {
   **{'model.depth': 10, 'epochs': 1.0, 'eval_every_epochs': 1.0},
@@ -48,7 +52,7 @@ def test_paths_of_every_method_and_of_a_run(tmp_path, capsys, monkeypatch):
   config = set_fields(load_recipe('digits'), TINY)
   train(config, tmp_path / 'run')
   status, err = command(
-    capsys, 'paths', f'--workdir={tmp_path}/run', f'--out={tmp_path}/of_run'
+    capsys, 'paths', f'--checkpoint={tmp_path}/run', f'--out={tmp_path}/of_run'
   )
   assert status == 0, err
   measured = json.loads((tmp_path / 'of_run' / 'paths.json').read_text())
@@ -60,10 +64,72 @@ def test_the_network_of_a_run_is_the_one_it_evaluated(tmp_path):
     load_recipe('digits'), TINY | {'model.method': 'batchnorm'}
   )
   result = train(config, tmp_path)
-  network = networks.of_run(tmp_path)
+  network = networks.of_run(load_run(tmp_path))
   logits = network.model.apply(network.variables, network.images, train=False)
   top1 = np.mean(np.argmax(logits, -1) == network.labels)
   assert top1 == pytest.approx(result['eval']['top1'])
+
+
+@pytest.fixture(scope='module')
+def watched(tmp_path_factory):
+  """A run that watched its blocks and kept all of its checkpoints."""
+  fields = {
+    **{'model.alpha': '1/sqrt(d)', 'watch_every_steps': 10},
+    **{'checkpoint_every_steps': 20, 'keep_checkpoints': 9},
+    'schedule.name': 'constant',
+  }
+  workdir = tmp_path_factory.mktemp('watched') / 'run'
+  train(set_fields(load_recipe('digits'), TINY | fields), workdir)
+  return workdir
+
+
+def test_along_training_are_the_sums_of_shares_and_the_eigenvalues(watched):
+  found = along.measure({'skipinit': watched}, images=16, steps=6)['skipinit']
+  lines = [x for x in read_metrics(watched) if 'branch_share' in x]
+  # Steps 0, 10, 20, 30, 40 and 45, the last.
+  assert found['epoch'].tolist() == [x['epoch'] for x in lines]
+  assert len(lines) == 6
+  start = networks.at_start(load_run(watched).config, 32)
+  shares = capture(start.model, start.variables, start.images)['share']
+  # Other images: near, not equal.
+  assert found['effective_depth'][0] == pytest.approx(shares.sum(), rel=0.15)
+  assert saved_steps(watched) == [0, 20, 40, 45]
+  assert found['checkpoint_epoch'] * 1437 / 32 == pytest.approx([0, 20, 40, 45])
+  rate = load_recipe('digits').optimizer.learning_rate
+  assert found['limit'] == pytest.approx(4 * [2 * 1.9 / rate])
+  assert len({*found['eigenvalue']}) == 4
+  assert (found['eigenvalue'] > 0).all()
+
+
+@pytest.mark.parametrize('kind', ['propagation', 'curvature', 'training'])
+def test_kinds_look_at_a_run(kind, watched, tmp_path, capsys):
+  status, err = command(
+    capsys, kind, f'--checkpoint={watched}', f'--out={tmp_path}'
+  )
+  assert status == 0, err
+  assert list(tmp_path.glob('*.svg'))
+  assert json.loads((tmp_path / f'{kind}.json').read_text())
+
+
+def test_a_step_of_a_run_can_be_named(watched, tmp_path, capsys):
+  eigenvalues = []
+  for step in (20, 45):
+    folder = watched / 'checkpoints' / str(step)
+    args = 'curvature', f'--checkpoint={folder}', f'--out={tmp_path}'
+    assert command(capsys, *args)[0] == 0
+    measured = json.loads((tmp_path / 'curvature.json').read_text())
+    eigenvalues += measured['10']['skipinit']['value']
+  assert eigenvalues[0] != eigenvalues[1]
+  args = 'curvature', f'--checkpoint={folder.parent}/7', f'--out={tmp_path}'
+  status, err = command(capsys, *args)
+  assert status == 2
+  assert 'holds no checkpoint; steps saved: 0, 20, 40, 45' in err
+
+
+def test_a_run_that_did_not_watch_is_told_how_to(tmp_path):
+  train(set_fields(load_recipe('digits'), TINY), tmp_path)
+  with pytest.raises(InputError, match=r'--config\.watch_every_steps=N'):
+    along.measure({'skipinit': tmp_path})
 
 
 @pytest.mark.parametrize(
@@ -73,7 +139,7 @@ def test_the_network_of_a_run_is_the_one_it_evaluated(tmp_path):
     (['paths', '--config=digit'], "unknown recipe 'digit'"),
     (['paths', '--config.model.dept=3'], "no field 'model.dept'"),
     (['paths', '--config.model.depth=11'], 'depth=11 of a Wide-ResNet'),
-    (['paths', '--workdir=nowhere'], 'nowhere holds no run'),
+    (['paths', '--checkpoint=nowhere'], 'nowhere holds no run'),
   ],
 )
 def test_a_mistake_is_one_line(args, line, tmp_path, monkeypatch, capsys):

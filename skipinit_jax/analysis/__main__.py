@@ -1,8 +1,8 @@
 """The command line of the analyses.
 
-python -m skipinit_jax.analysis all --out=runs/analysis
-python -m skipinit_jax.analysis paths --config=cifar10 --out=runs/analysis
-python -m skipinit_jax.analysis lesions --workdir=RUN --out=runs/analysis
+python -m skipinit_jax.analysis all --dataset=digits --out=runs/analysis
+python -m skipinit_jax.analysis paths --dataset=cifar10 --out=runs/analysis
+python -m skipinit_jax.analysis lesions --checkpoint=RUN --out=runs/analysis
 
 Each kind writes its figures (SVG and PNG) and its numbers (JSON) to the folder.
 What a recipe's fields are set to comes last, as in --config.model.depth=100.
@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from skipinit_jax.analysis import (
+  along,
   curvature,
   lesions,
   networks,
@@ -26,14 +27,17 @@ from skipinit_jax.analysis import (
   propagation,
   shattered,
 )
+from skipinit_jax.analysis.capture import capture
 from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.training import train
+from skipinit_jax.training.config import build_method
 from skipinit_jax.training.lines import write_json
 from skipinit_jax.training.recipes import (
   load_recipe,
   parse_overrides,
   set_fields,
 )
-from skipinit_jax.training.saved import config_of
+from skipinit_jax.training.saved import Saved, load_run
 
 BAD_INPUT = 2
 # What the paths and the lesions compare, and the fields that make it.
@@ -41,13 +45,17 @@ METHODS = {
   'batchnorm': {'model.method': 'batchnorm'},
   'skipinit': {'model.method': 'skipinit'},
   'fixup': {'model.method': 'fixup', 'optimizer.learning_rate': 2.0**-3},
-  'none': {'model.method': 'none'},
+  'none': {'model.method': 'none', 'optimizer.learning_rate': 2.0**-10},
 }
 # Small enough for minutes on two CPU cores.
 DIGITS = {
   **{'model.depth': 40, 'epochs': 8.0, 'optimizer.learning_rate': 2.0**-4},
   # One that starts at zero lets no gradient through.
   'model.classifier_init': 'he',
+  # What is looked at along training.
+  'watch_every_steps': 9,
+  'checkpoint_every_steps': 60,
+  'keep_checkpoints': 100,
 }
 
 
@@ -58,8 +66,16 @@ def main() -> None:
     description='Why the scalar works: signals, paths, gradients.',
   )
   parser.add_argument('kind', help=f'{", ".join(KINDS)}, or all')
-  parser.add_argument('--config', default='digits', help='a recipe')
-  parser.add_argument('--workdir', type=Path, help='a run to look at instead')
+  parser.add_argument(
+    *('--config', '--dataset'),
+    default='digits',
+    help='a recipe, or the data set that it is named after',
+  )
+  parser.add_argument(
+    '--checkpoint',
+    type=Path,
+    help='a run to look at instead, or one of its folders checkpoints/STEP',
+  )
   parser.add_argument('--out', type=Path, default=Path('runs/analysis'))
   args, rest = parser.parse_known_args()
   try:
@@ -83,39 +99,54 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
   for kind in KINDS if args.kind == 'all' else [args.kind]:
     start = time.perf_counter()
     print(f'{kind} ...', file=sys.stderr, flush=True)
-    measured, drawn = KINDS[kind](config, args.workdir, args.out)
+    measured, drawn = KINDS[kind](config, args.checkpoint, args.out)
     write_json(args.out / f'{kind}.json', plain(measured))
     seconds = time.perf_counter() - start
     names = ', '.join(path.name for path in drawn)
     print(f'{kind}: {names}, {seconds:.0f} s', file=sys.stderr, flush=True)
 
 
-def of_propagation(config: ConfigDict, workdir: Path | None, out: Path):
-  """Variances, shares and path lengths at the start; needs no data."""
-  del config, workdir
-  measured = propagation.measure()
-  (out / 'effective_depth.md').write_text(propagation.table(measured))
+def of_propagation(config: ConfigDict, checkpoint: Path | None, out: Path):
+  """Variances, shares and path lengths: at the start, or of a checkpoint."""
+  if checkpoint:
+    run = load_run(checkpoint)
+    model, variables, images, _ = networks.of_run(run, 128)
+    captured = propagation.beside_theory(
+      capture(model, variables, images, train=False),
+      build_method(run.config),
+      model.stage_sizes,
+      project_first=run.config.model.width != 1,
+    )
+    measured = {run.config.model.depth: {_method(run): captured}}
+  else:
+    measured = propagation.measure()
+    (out / 'effective_depth.md').write_text(propagation.table(measured))
   return measured, propagation.draw(measured, out)
 
 
-def of_curvature(config: ConfigDict, workdir: Path | None, out: Path):
-  """The largest eigenvalue of the Hessian on the digits."""
-  del config, workdir
-  measured = curvature.measure()
+def of_curvature(config: ConfigDict, checkpoint: Path | None, out: Path):
+  """The largest eigenvalue of the Hessian on the digits, or of a run's loss."""
+  if checkpoint:
+    run = load_run(checkpoint)
+    found = curvature.of_loss(run.model, run.data, run.variables['params'])
+    found = {name: np.array([value]) for name, value in found.items()}
+    measured = {run.config.model.depth: {_method(run): found}}
+  else:
+    measured = curvature.measure()
   return measured, curvature.draw(measured, out)
 
 
-def of_shattered(config: ConfigDict, workdir: Path | None, out: Path):
+def of_shattered(config: ConfigDict, checkpoint: Path | None, out: Path):
   """Autocorrelation of the gradients of random networks; needs no data."""
-  del config, workdir
   measured = shattered.measure()
   return measured, shattered.draw(measured, out)
 
 
-def of_paths(config: ConfigDict, workdir: Path | None, out: Path):
-  """Gradient norm by path length: at the start of each method, or of a run."""
-  if workdir:
-    nets = {_method(workdir): (networks.of_run(workdir, 32), False)}
+def of_paths(config: ConfigDict, checkpoint: Path | None, out: Path):
+  """Gradient norm by path length: at the start of each method, or saved."""
+  if checkpoint:
+    run = load_run(checkpoint)
+    nets = {_method(run): (networks.of_run(run, 32), False)}
   else:
     nets = {
       name: (networks.at_start(each, 32), True)
@@ -128,10 +159,23 @@ def of_paths(config: ConfigDict, workdir: Path | None, out: Path):
   return measured, paths.draw(measured, out)
 
 
-def of_lesions(config: ConfigDict, workdir: Path | None, out: Path):
-  """Test error without blocks: of each method, trained first, or of a run."""
-  if workdir:
-    nets = {_method(workdir): networks.of_run(workdir)}
+def of_training(config: ConfigDict, checkpoint: Path | None, out: Path):
+  """Effective depth and eigenvalue along training, of each method or a run."""
+  if checkpoint:
+    workdirs = {_method(load_run(checkpoint)): checkpoint}
+  else:
+    workdirs = {name: out / 'runs' / name for name in METHODS}
+    for name, each in _each(config, METHODS):
+      train(each, workdirs[name])
+  measured = along.measure(workdirs)
+  return measured, along.draw(measured, out)
+
+
+def of_lesions(config: ConfigDict, checkpoint: Path | None, out: Path):
+  """Test error without blocks: of each method, trained first, or saved."""
+  if checkpoint:
+    run = load_run(checkpoint)
+    nets = {_method(run): networks.of_run(run)}
   else:
     trainable = {k: v for k, v in METHODS.items() if k != 'none'}
     nets = {
@@ -149,9 +193,9 @@ def _each(
     yield name, set_fields(config.copy_and_resolve_references(), dict(fields))
 
 
-def _method(workdir: Path) -> str:
+def _method(run: Saved) -> str:
   """The method of a run, as it is drawn."""
-  return config_of(workdir).model.method
+  return run.config.model.method
 
 
 def plain(value: Any) -> Any:
@@ -164,6 +208,7 @@ def plain(value: Any) -> Any:
 KINDS: dict[str, Callable] = {
   'propagation': of_propagation,
   'curvature': of_curvature,
+  'training': of_training,
   'paths': of_paths,
   'lesions': of_lesions,
   'shattered': of_shattered,

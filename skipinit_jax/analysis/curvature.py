@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 
 from skipinit_jax.analysis import plots
 from skipinit_jax.analysis.propagation import COLUMNS
 from skipinit_jax.data import open_dataset
+from skipinit_jax.data.resident import Resident
+from skipinit_jax.errors import InputError
 from skipinit_jax.models.resnet import WideResNet
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.step import cross_entropy
@@ -135,23 +138,30 @@ def measure(
     (seeds,).
   """
   data = open_dataset(default_config().data)
-  x = data.augmentation.normalize(jnp.asarray(data.images[:images]))
-  targets = jax.nn.one_hot(data.labels[:images], data.num_classes)
   measured: dict[int, dict[str, dict[str, np.ndarray]]] = {}
   for depth in depths:
     measured[depth] = {}
     for column in DRAWN:
       method, alpha = COLUMNS[column]
       model = WideResNet(depth, 1, data.num_classes, method=method, alpha=alpha)
-      loss = functools.partial(_loss, model, x, targets)  # Compiled once.
+      loss = training_loss(model, data, images)  # Compiled once.
+      like = jnp.zeros((1, *data.image_shape))
       found = []
       for seed in range(seeds):
         key, start = jax.random.split(jax.random.key(seed))
-        params = model.init(key, x[:1], train=False)['params']
+        params = model.init(key, like, train=False)['params']
         found.append(largest_eigenvalue(loss, params, start, steps))
       value, error = np.array(found).T
       measured[depth][column] = {'value': value, 'error': error}
   return measured
+
+
+def of_loss(
+  model: nn.Module, data: Resident, params: Any, images: int = 128
+) -> dict[str, float]:
+  """`value` and `error` of a network's `training_loss`."""
+  loss = training_loss(model, data, images)
+  return largest_eigenvalue(loss, params, jax.random.key(0))._asdict()
 
 
 def draw(
@@ -192,8 +202,37 @@ def draw(
     return plots.save(figure, out, 'curvature')
 
 
+def training_loss(
+  model: nn.Module, data: Resident, images: int
+) -> Callable[[Any], jax.Array]:
+  """The mean cross-entropy of the first so many training images, no L2.
+
+  Args:
+    model: batch normalization takes its statistics over all of the images.
+    data: of `data.open_dataset`, one that fits on a device.
+    images: their number.
+
+  Returns:
+    A function of the parameters alone, for `largest_eigenvalue`.
+
+  Raises:
+    InputError: data that comes in batches.
+  """
+  if not isinstance(data, Resident):
+    raise InputError(
+      f'the loss is that of images that fit on a device; {data.name} comes in '
+      'batches'
+    )
+  inputs = data.augmentation.normalize(jnp.asarray(data.images[:images]))
+  targets = jax.nn.one_hot(data.labels[:images], data.num_classes)
+  whole = model.clone(statistics_group=None)
+  return functools.partial(_loss, whole, inputs, targets)
+
+
 def _loss(model, images, targets, params) -> jax.Array:
   logits, _ = model.apply(
-    {'params': params}, images, train=True, mutable=['batch_stats']
+    *({'params': params}, images),
+    **{'train': True, 'mutable': ['batch_stats']},
+    rngs={'dropout': jax.random.key(0)},
   )
   return cross_entropy(logits, targets).mean()

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from skipinit_jax.data import open_dataset
 from skipinit_jax.training import train
 from skipinit_jax.training.config import build_model
-from skipinit_jax.training.saved import load_run
+from skipinit_jax.training.saved import Saved, load_run
 from skipinit_jax.training.startup import init_variables
 
 
@@ -44,13 +44,8 @@ def at_start(config: ConfigDict, images: int = 360) -> Network:
   return Network(model, variables, *_some_images(data, images))
 
 
-def of_run(workdir: Path, images: int = 360) -> Network:
-  """The network of a run's newest checkpoint.
-
-  Raises:
-    InputError: the folder holds no run, or no checkpoint.
-  """
-  run = load_run(workdir)
+def of_run(run: Saved, images: int = 360) -> Network:
+  """The network of a checkpoint."""
   images = _some_images(run.data, images)
   return Network(run.model, run.variables, *images)
 
@@ -58,7 +53,7 @@ def of_run(workdir: Path, images: int = 360) -> Network:
 def trained(config: ConfigDict, workdir: Path, images: int = 360) -> Network:
   """A recipe's network after training, in a folder where that goes on."""
   train(config, workdir)
-  return of_run(workdir, images)
+  return of_run(load_run(workdir), images)
 
 
 def _some_images(data: Any, number: int) -> Iterator[Any]:

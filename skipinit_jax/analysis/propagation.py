@@ -176,17 +176,31 @@ def measure(
           depth, width, method=method, alpha=alpha, param_dtype='float64'
         )
         variables = initialize(model, images, seed)
-        captured = capture(model, variables, images)
-        moments = {path: second_moment(captured, path) for path in PATHS}
-        theory = expected(
+        measured[depth][column] = beside_theory(
+          capture(model, variables, images),
           resolve_method(method, alpha),
           model.stage_sizes,
-          start=float(moments['skip'][0]),
           project_first=width > 1,
         )
-        theory = {f'expected_{name}': value for name, value in theory.items()}
-        measured[depth][column] = {**captured, **moments, **theory}
   return measured
+
+
+def beside_theory(
+  captured: Captured,
+  method: Method,
+  stage_sizes: Sequence[int],
+  *,
+  project_first: bool,
+) -> dict[str, np.ndarray]:
+  """What `capture` returns, with second moments and what `expected` returns."""
+  moments = {path: second_moment(captured, path) for path in PATHS}
+  theory = expected(
+    *(method, stage_sizes),
+    start=float(moments['skip'][0]),
+    project_first=project_first,
+  )
+  theory = {f'expected_{name}': value for name, value in theory.items()}
+  return {**captured, **moments, **theory}
 
 
 def table(measured: Measured) -> str:
