@@ -14,5 +14,10 @@ from skipinit_jax.models import SkipInitConv as SkipInitConv
 from skipinit_jax.models import SkipInitDense as SkipInitDense
 from skipinit_jax.models import WideResNet as WideResNet
 from skipinit_jax.models import decay_mask as decay_mask
+from skipinit_jax.models import fixup_kernel_init as fixup_kernel_init
+from skipinit_jax.models import fold as fold
+from skipinit_jax.models import fold_params as fold_params
+from skipinit_jax.models import load_body as load_body
 from skipinit_jax.models import param_labels as param_labels
+from skipinit_jax.models import stage_outputs as stage_outputs
 from skipinit_jax.version import __version__ as __version__

@@ -212,7 +212,7 @@ def price(grid: Grid) -> str:
   on_cpu = duration(figures['cpu_seconds'])
   on_device = duration(figures['device_seconds'])
   where = (
-    f'roughly {on_cpu} on two CPU cores'
+    f'roughly {on_cpu} of one CPU core, half of it with --jobs=2 on two'
     if figures['flops'] < 1e15
     else f'{on_device} at a sustained {SUSTAINED_RATE / 1e12:.0f} TFLOP/s'
   )

@@ -167,7 +167,7 @@ def summarize(grid: Grid, cell: Cell, look_up: Lookup) -> Summary:
     held_out = by_rate[rate]
     reason = (
       f'reached {100 * held_out.top1:.1f} ± {100 * held_out.error:.1f} on the '
-      'held out images; trained on the whole split at the same rate, it fails'
+      'held out images, and failed at the same rate on the whole split'
     )
   else:
     reason = why_not(by_rate)

@@ -346,6 +346,8 @@ def _difference(summary: Summary, theirs: Accuracy | None) -> str:
 
 def _test_words(summary: Summary) -> str:
   result = summary.result
+  if result.diverged == result.runs and summary.trains:
+    return 'diverged there'
   if result.diverged == result.runs:
     return 'on the whole training split too'
   return f'test accuracy {_percent(result.top1, result.error)}'

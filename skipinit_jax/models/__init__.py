@@ -2,7 +2,10 @@
 
 from skipinit_jax.models.blocks import FixupBlock as FixupBlock
 from skipinit_jax.models.blocks import ResidualBlock as ResidualBlock
+from skipinit_jax.models.blocks import make_layers as make_layers
 from skipinit_jax.models.dense import DenseResNet as DenseResNet
+from skipinit_jax.models.fold import fold as fold
+from skipinit_jax.models.fold import fold_params as fold_params
 from skipinit_jax.models.looks_linear import mirrored as mirrored
 from skipinit_jax.models.looks_linear import orthogonal as orthogonal
 from skipinit_jax.models.methods import METHODS as METHODS
@@ -28,3 +31,5 @@ from skipinit_jax.models.skipinit import SkipInitConv as SkipInitConv
 from skipinit_jax.models.skipinit import SkipInitDense as SkipInitDense
 from skipinit_jax.models.stages import stack_blocks as stack_blocks
 from skipinit_jax.models.stages import unstack_blocks as unstack_blocks
+from skipinit_jax.models.transfer import load_body as load_body
+from skipinit_jax.models.transfer import stage_outputs as stage_outputs

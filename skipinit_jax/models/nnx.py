@@ -1,0 +1,86 @@
+"""SkipInit as native NNX modules; networks go through `flax.nnx.bridge`.
+
+`nnx.bridge.ToNNX(WideResNet(...), rngs=nnx.Rngs(0)).lazy_init(images,
+train=False)` makes an NNX module of a whole network. Import this module by its
+name; `import skipinit_jax` doesn't.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+
+class SkipInit(nnx.Module):
+  """Scales a residual branch by one learnable scalar (De & Smith 2020, sec. 4).
+
+  The NNX form of `skipinit_jax.SkipInit`. Where the branch ends in a linear
+  layer or a convolution, `SkipInitLinear` and `SkipInitConv` compute the same
+  thing without keeping the branch's output for the gradient of the scalar.
+
+  Args:
+    init_value: alpha at first; 0 or at most 1/sqrt(number of blocks).
+    param_dtype: dtype of alpha, an `nnx.Param` of shape ().
+
+  >>> scale = SkipInit(0.5)
+  >>> float(scale(jnp.ones(3)).sum())
+  1.5
+  """
+
+  def __init__(
+    self, init_value: float = 0.0, *, param_dtype: Dtype = jnp.float32
+  ):
+    self.alpha = nnx.Param(jnp.asarray(init_value, param_dtype))
+
+  def __call__(self, branch: jax.Array) -> jax.Array:
+    """Returns alpha * branch, with the shape and dtype of `branch`."""
+    return self.alpha[...].astype(branch.dtype) * branch
+
+
+class _Folded:
+  """A layer whose kernel and bias are read through a scalar `alpha`.
+
+  NNX's layers pass (inputs, kernel, bias) to `promote_dtype` before they
+  compute: the place to multiply in `param_dtype`, as `skipinit.py` does.
+  """
+
+  def __init__(self, *args, init_value: float = 0.0, **kwargs):
+    super().__init__(*args, **kwargs)
+    self.alpha = nnx.Param(jnp.asarray(init_value, self.param_dtype))
+
+  @property
+  def promote_dtype(self) -> Callable:
+    """The layer's own, of the inputs, alpha * kernel and alpha * bias."""
+
+    def promote(arrays, **kwargs):
+      inputs, *params = arrays
+      alpha = self.alpha[...]
+      scaled = [None if p is None else alpha * p for p in params]
+      return self._promote_dtype((inputs, *scaled), **kwargs)
+
+    return promote
+
+  @promote_dtype.setter
+  def promote_dtype(self, function: Callable) -> None:
+    self._promote_dtype = function
+
+
+class SkipInitLinear(_Folded, nnx.Linear):
+  """`nnx.Linear` times a learnable scalar: what a residual branch ends in.
+
+  Equal to `SkipInit(init_value)(nnx.Linear(...)(x))` in function and gradients,
+  with the scalar folded into the kernel and the bias. Takes every argument of
+  `nnx.Linear`, and `init_value`. Parameters: `kernel`, `bias` and `alpha`,
+  shape (), all of `param_dtype`.
+
+  >>> x = jnp.ones((2, 5))
+  >>> layer = SkipInitLinear(5, 5, rngs=nnx.Rngs(0))
+  >>> bool((x + layer(x) == x).all())  # alpha starts at 0
+  True
+  """
+
+
+class SkipInitConv(_Folded, nnx.Conv):
+  """`nnx.Conv` times a learnable scalar, folded as in `SkipInitLinear`."""

@@ -1,0 +1,257 @@
+"""Weights as safetensors files: ours, and those of timm's `resnetv2_*`.
+
+A safetensors file holds named arrays and nothing that could be run. The names
+here are those of the tree, joined by dots, as in
+`params.stage1.block2.conv1.kernel`.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from skipinit_jax.errors import InputError
+from skipinit_jax.models.methods import METHODS, resolve_method
+from skipinit_jax.models.resnet import ResNet
+from skipinit_jax.models.stages import stack_blocks
+
+SEPARATOR = '.'
+# Of a list of names in an error.
+SHOWN = 3
+# A buffer of torch's batch normalization, which evaluation does not read.
+COUNTER = 'num_batches_tracked'
+
+
+def save_weights(path: os.PathLike | str, tree: Mapping[str, Any]) -> None:
+  """Writes a tree of arrays to a safetensors file.
+
+  Args:
+    path: of the file.
+    tree: nested dicts of NumPy or JAX arrays, such as {'params': ...,
+      'batch_stats': ...}; an empty dict leaves no trace.
+
+  Raises:
+    InputError: a name with a dot, or a file that can't be written.
+  """
+  flat = flatten_dict(tree)
+  for name in {name for names in flat for name in names}:
+    if SEPARATOR in name:
+      raise InputError(f'{name!r}: a name in a tree of weights has no dot')
+  # safetensors writes memory as it lies.
+  arrays = {
+    SEPARATOR.join(names): np.asarray(leaf, order='C')
+    for names, leaf in flat.items()
+  }
+  try:
+    Path(path).write_bytes(save(arrays))
+  except OSError as error:
+    raise InputError(f'can not write to {path}: {error.strerror}') from None
+
+
+def load_weights(
+  path: os.PathLike | str, like: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+  """Reads a tree that `save_weights` wrote.
+
+  Args:
+    path: of the file.
+    like: a tree with the names and shapes that are expected, of arrays or
+      `jax.ShapeDtypeStruct`s, as `jax.eval_shape(model.init, ...)` gives it.
+
+  Returns:
+    Nested dicts of NumPy arrays.
+
+  Raises:
+    InputError: no such file, not a safetensors file, or names or shapes other
+      than those of `like`.
+  """
+  arrays = _read(path)
+  if like is not None:
+    flat = flatten_dict(like, sep=SEPARATOR)
+    _compare(path, arrays, {name: (x.shape,) for name, x in flat.items()})
+  return unflatten_dict(arrays, sep=SEPARATOR)
+
+
+def load_timm(
+  path: os.PathLike | str,
+  model: ResNet,
+  image_shape: tuple[int, int, int] = (225, 225, 3),
+) -> dict[str, Any]:
+  """Variables of a `batchnorm` network from timm's weights for the same one.
+
+  timm's resnetv2_18, 34, 50, 101 and 152 (Wightman, `timm/models/resnetv2.py`)
+  are `ResNet18` ... `ResNet152` with method='batchnorm': the same blocks, with
+  the stride on the first 3x3 convolution, projections of the activated input,
+  and epsilon. One thing differs. PyTorch pads strided layers alike on both
+  sides, and 'SAME', as here, pads even sizes by one less at the top and left.
+  At odd sizes the two agree, and they stay odd from layer to layer where height
+  and width are 1 more than a multiple of 2^(stages + 1): 225 in place of 224,
+  289 in place of 288. Only for such images are the variables given.
+
+  What does not fit, and is refused: the -d and -t networks (deep stems, average
+  pooling), GroupNorm, EvoNorm and FRN, and BiT's `x1_bit` (GroupNorm,
+  standardized kernels).
+
+  Args:
+    path: of a safetensors file with timm's names.
+    model: with method='batchnorm' and without biases, scanned or not. With
+      num_classes=None the classifier is left out.
+    image_shape: height, width, channels of the images that it will be given.
+      timm's are scaled to [-1, 1] for these networks: mean and standard
+      deviation 127.5 of 255.
+
+  Returns:
+    {'params': ..., 'batch_stats': ...} of float32 NumPy arrays.
+
+  Raises:
+    InputError: another network or image size, no such file, or names or shapes
+      that differ; names what differs.
+  """
+  _check_network(model)
+  _check_size(model, image_shape)
+  images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+  wanted = jax.eval_shape(
+    lambda x: model.clone(scan=False).init(jax.random.key(0), x, train=False),
+    images,
+  )
+  wanted = flatten_dict(wanted)
+  names = {path: _timm_name(path) for path in wanted}
+  arrays = {k: v for k, v in _read(path).items() if not k.endswith(COUNTER)}
+  if model.num_classes is None:
+    arrays = {k: v for k, v in arrays.items() if not k.startswith('head.')}
+  shapes = {names[path]: _timm_shapes(leaf) for path, leaf in wanted.items()}
+  _compare(path, arrays, shapes)
+  variables = unflatten_dict(
+    {
+      path: _from_torch(arrays[names[path]], leaf.shape)
+      for path, leaf in wanted.items()
+    }
+  )
+  return stack_blocks(variables) if model.scan else variables
+
+
+def _check_network(model: ResNet) -> None:
+  """Raises InputError for what timm's networks are not."""
+  method = resolve_method(model.method, model.alpha)
+  if method != METHODS['batchnorm']:
+    raise InputError(
+      f'method={model.method!r}: timm has these networks with batch '
+      "normalization; expected method='batchnorm'"
+    )
+  for field, value in (
+    ('biases', False),
+    ('small_images', False),
+    ('activation', 'relu'),
+    ('skip', True),
+  ):
+    if (found := getattr(model, field)) != value:
+      raise InputError(
+        f"{field}={found!r}: not as in timm's networks; expected {value!r}"
+      )
+
+
+def _check_size(model: ResNet, image_shape: tuple[int, int, int]) -> None:
+  """Raises InputError where 'SAME' pads otherwise than PyTorch."""
+  halved = 2 ** (len(model.stage_sizes) + 1)
+  for size in image_shape[:2]:
+    if size % halved != 1:
+      near = max(1, size // halved) * halved + 1
+      raise InputError(
+        f'image_shape={tuple(image_shape)}: timm pads these sizes otherwise; '
+        f'expected 1 more than a multiple of {halved}, nearest to {size}: '
+        f'{near}'
+      )
+
+
+def _timm_name(path: tuple[str, ...]) -> str:
+  """timm's name of one of our leaves.
+
+  >>> _timm_name(('batch_stats', 'stage1', 'block2', 'norm3', 'var'))
+  'stages.0.blocks.1.norm3.running_var'
+  """
+  modules = {
+    'stage': 'stages.{}',
+    'block': 'blocks.{}',
+    'projection': 'downsample.conv',
+    'stem': 'stem.conv',
+    'classifier': 'head.fc',
+  }
+  leaves = {
+    **{'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'},
+    **{'mean': 'running_mean', 'var': 'running_var'},
+  }
+  parts = []
+  for name in path[1:-1]:
+    kind, number = re.fullmatch(r'(\D+)(\d*)', name).groups()
+    if kind in ('conv', 'norm'):
+      parts.append(name)
+    else:
+      parts.append(modules[kind].format(int(number or 0) - 1))
+  return '.'.join([*parts, leaves[path[-1]]])
+
+
+def _timm_shapes(leaf: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], ...]:
+  """The shapes that timm may have one of our leaves in."""
+  if len(leaf.shape) == 4:  # Ours is height, width, in, out.
+    return (tuple(leaf.shape[i] for i in (3, 2, 0, 1)),)
+  if len(leaf.shape) == 2:  # timm's classifier is a 1x1 convolution.
+    return leaf.shape[::-1], (*leaf.shape[::-1], 1, 1)
+  return (leaf.shape,)
+
+
+def _from_torch(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """One of timm's arrays with our axes, of our shape, float32."""
+  axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[len(shape)]
+  array = array.reshape(array.shape[: len(shape)]).transpose(axes)
+  return np.ascontiguousarray(array, np.float32)
+
+
+def _read(path: os.PathLike | str) -> dict[str, np.ndarray]:
+  if not Path(path).is_file():
+    raise InputError(f'there is no file {path}')
+  try:
+    return load_file(path)
+  except OSError as error:
+    raise InputError(f'can not read {path}: {error}') from None
+  except SafetensorError as error:
+    raise InputError(f'{path} is not a safetensors file ({error})') from None
+
+
+def _compare(
+  path: os.PathLike | str,
+  arrays: Mapping[str, np.ndarray],
+  shapes: Mapping[str, tuple[tuple[int, ...], ...]],
+) -> None:
+  """Raises InputError for names and shapes that are not the expected ones.
+
+  Args:
+    path: for the message.
+    arrays: what a file holds.
+    shapes: expected name -> the shapes that it may have.
+  """
+  wrong = [
+    f'{name} {arrays[name].shape} for {allowed[0]}'
+    for name, allowed in shapes.items()
+    if name in arrays and arrays[name].shape not in allowed
+  ]
+  found = {
+    'missing': [name for name in shapes if name not in arrays],
+    'unknown': [name for name in arrays if name not in shapes],
+    'other shapes': wrong,
+  }
+  parts = [f'{len(v)} {k} ({_first(v)})' for k, v in found.items() if v]
+  if parts:
+    raise InputError(f'{path} holds another network: {"; ".join(parts)}')
+
+
+def _first(names: Iterable[str]) -> str:
+  names = list(names)
+  more = ', ...' if len(names) > SHOWN else ''
+  return ', '.join(names[:SHOWN]) + more
