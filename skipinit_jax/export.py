@@ -50,6 +50,7 @@ DEFAULT_PLATFORMS = ('cpu', 'cuda', 'tpu')
 FIELDS = (
   *('stage_sizes', 'bottleneck', 'num_classes', 'biases', 'features'),
   *('stem_features', 'small_images', 'activation', 'skip', 'scan'),
+  'symmetric_padding',
 )
 # Batches of random images that what was written is compared on, and the
 # largest difference of a logit as a share of the largest: elsewhere than on

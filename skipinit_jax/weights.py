@@ -79,21 +79,13 @@ def load_weights(
   return unflatten_dict(arrays, sep=SEPARATOR)
 
 
-def load_timm(
-  path: os.PathLike | str,
-  model: ResNet,
-  image_shape: tuple[int, int, int] = (225, 225, 3),
-) -> dict[str, Any]:
+def load_timm(path: os.PathLike | str, model: ResNet) -> dict[str, Any]:
   """Variables of a `batchnorm` network from timm's weights for the same one.
 
   timm's resnetv2_18, 34, 50, 101 and 152 (Wightman, `timm/models/resnetv2.py`)
-  are `ResNet18` ... `ResNet152` with method='batchnorm': the same blocks, with
-  the stride on the first 3x3 convolution, projections of the activated input,
-  and epsilon. One thing differs. PyTorch pads strided layers alike on both
-  sides, and 'SAME', as here, pads even sizes by one less at the top and left.
-  At odd sizes the two agree, and they stay odd from layer to layer where height
-  and width are 1 more than a multiple of 2^(stages + 1): 225 in place of 224,
-  289 in place of 288. Only for such images are the variables given.
+  are `ResNet18` ... `ResNet152` with method='batchnorm' and
+  symmetric_padding=True: the same blocks, with the stride on the first 3x3
+  convolution, projections of the activated input, and epsilon.
 
   What does not fit, and is refused: the -d and -t networks (deep stems, average
   pooling), GroupNorm, EvoNorm and FRN, and BiT's `x1_bit` (GroupNorm,
@@ -101,22 +93,20 @@ def load_timm(
 
   Args:
     path: of a safetensors file with timm's names.
-    model: with method='batchnorm' and without biases, scanned or not. With
-      num_classes=None the classifier is left out.
-    image_shape: height, width, channels of the images that it will be given.
-      timm's are scaled to [-1, 1] for these networks: mean and standard
+    model: with method='batchnorm', symmetric_padding=True and without biases,
+      scanned or not. With num_classes=None the classifier is left out. timm's
+      images are scaled to [-1, 1] for these networks: mean and standard
       deviation 127.5 of 255.
 
   Returns:
     {'params': ..., 'batch_stats': ...} of float32 NumPy arrays.
 
   Raises:
-    InputError: another network or image size, no such file, or names or shapes
+    InputError: another network, no such file, or names or shapes
       that differ; names what differs.
   """
   _check_network(model)
-  _check_size(model, image_shape)
-  images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
   wanted = jax.eval_shape(
     lambda x: model.clone(scan=False).init(jax.random.key(0), x, train=False),
     images,
@@ -150,23 +140,11 @@ def _check_network(model: ResNet) -> None:
     ('small_images', False),
     ('activation', 'relu'),
     ('skip', True),
+    ('symmetric_padding', True),
   ):
     if (found := getattr(model, field)) != value:
       raise InputError(
         f"{field}={found!r}: not as in timm's networks; expected {value!r}"
-      )
-
-
-def _check_size(model: ResNet, image_shape: tuple[int, int, int]) -> None:
-  """Raises InputError where 'SAME' pads otherwise than PyTorch."""
-  halved = 2 ** (len(model.stage_sizes) + 1)
-  for size in image_shape[:2]:
-    if size % halved != 1:
-      near = max(1, size // halved) * halved + 1
-      raise InputError(
-        f'image_shape={tuple(image_shape)}: timm pads these sizes otherwise; '
-        f'expected 1 more than a multiple of {halved}, nearest to {size}: '
-        f'{near}'
       )
 
 

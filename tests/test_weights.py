@@ -15,7 +15,10 @@ from skipinit_jax.weights import load_timm, load_weights, save_weights
 
 # A tenth of the channels of ResNet-18 and ResNet-50, and other stage sizes.
 SIZES = {False: (2, 1, 2), True: (1, 2)}
-FIELDS = {'method': 'batchnorm', 'features': 6, 'stem_features': 6}
+FIELDS = {
+  **{'method': 'batchnorm', 'symmetric_padding': True},
+  **{'features': 6, 'stem_features': 6},
+}
 
 
 def network(bottleneck, **fields):
@@ -124,21 +127,19 @@ def timm_logits(weights, images):
 def test_timm_weights_give_timm_logits(bottleneck, scan, tmp_path):
   weights = timm_weights(bottleneck)
   save_file(weights, tmp_path / 'timm.safetensors')
-  # 1 more than a multiple of 2^(stages + 1), as 225 for four stages.
-  sizes = {False: (49, 33), True: (25, 33)}[bottleneck]
+  sizes = {False: (49, 32), True: (24, 33)}[bottleneck]  # Odd and even.
   images = np.random.default_rng(1).normal(size=(2, *sizes, 3))
   model = network(bottleneck, scan=scan)
-  variables = load_timm(tmp_path / 'timm.safetensors', model, images.shape[1:])
+  variables = load_timm(tmp_path / 'timm.safetensors', model)
   ours = model.apply(variables, images.astype(np.float32), train=False)
   with jax.enable_x64(True):
     theirs = timm_logits(weights, images)
-    # The reason for odd sizes: at even ones the two do pad differently.
-    even = images[:, :-1, :-1]
-    at_even = timm_logits(weights, even)
   scale = np.abs(theirs).max()
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * scale)
-  ours = model.apply(variables, even.astype(np.float32), train=False)
-  assert np.abs(ours - at_even).max() > 1e-3 * scale
+  # The reason for the field: at even sizes 'SAME' pads otherwise.
+  same = model.clone(symmetric_padding=False)
+  other = same.apply(variables, images.astype(np.float32), train=False)
+  assert np.abs(other - theirs).max() > 1e-3 * scale
   # The same leaves as a network of our own.
   wanted = jax.eval_shape(
     lambda: model.init(jax.random.key(0), jnp.ones((1, 33, 33, 3)), train=False)
@@ -150,11 +151,10 @@ def test_a_linear_classifier_and_none(tmp_path):
   path = tmp_path / 'timm.safetensors'
   weights = timm_weights(False, classifier=())
   save_file(weights, path)
-  shape = (33, 33, 3)
-  params = load_timm(path, network(False), shape)['params']
+  params = load_timm(path, network(False))['params']
   kernel = params['classifier']['kernel']
   np.testing.assert_array_equal(kernel, weights['head.fc.weight'].T)
-  body = load_timm(path, network(False, num_classes=None), shape)['params']
+  body = load_timm(path, network(False, num_classes=None))['params']
   assert params.keys() - body.keys() == {'classifier'}
 
 
@@ -162,11 +162,11 @@ def test_what_does_not_fit_is_named(tmp_path):
   path = tmp_path / 'timm.safetensors'
   weights = timm_weights(False)
 
-  def refused(message, model=None, shape=(33, 33, 3), **changes):
+  def refused(message, model=None, **changes):
     changed = {k: v for k, v in (weights | changes).items() if v is not None}
     save_file(changed, path)
     with pytest.raises(InputError, match=message) as error:
-      load_timm(path, model or network(False), shape)
+      load_timm(path, model or network(False))
     assert '\n' not in str(error.value)
 
   refused(
@@ -187,9 +187,8 @@ def test_what_does_not_fit_is_named(tmp_path):
     network(False, num_classes=9),
   )
   refused(
-    r'image_shape=\(224, 33, 3\): .* 1 more than a multiple of 16, nearest to '
-    '224: 225',
-    shape=(224, 33, 3),
+    'symmetric_padding=False: not as in timm.*; expected True',
+    network(False, symmetric_padding=False),
   )
   refused("method='skipinit': timm has", network(False, method='skipinit'))
   refused(

@@ -64,6 +64,7 @@ def make_layers(
   activation: str = 'relu',
   kernel_init: str = 'he',
   skip: bool = True,
+  symmetric_padding: bool = False,
 ) -> Layers:
   """Turns what a method says into the layers of a network's blocks.
 
@@ -80,8 +81,9 @@ def make_layers(
     inner = fixup_kernel_init(num_blocks, branch_layers, method.kernel_fan)
   last = nn.initializers.zeros if method.zero_last else outer
 
+  convolve = functools.partial(_convolve, symmetric=symmetric_padding)
   conv = functools.partial(
-    nn.Conv, use_bias=biases, conv_general_dilated=_convolve, **dtypes
+    nn.Conv, use_bias=biases, conv_general_dilated=convolve, **dtypes
   )
   alpha = method.alpha_value(num_blocks)
   if alpha is None:
@@ -285,8 +287,13 @@ def _subsample_and_pad(x: jax.Array, features: int, strides: int) -> jax.Array:
   return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
 
 
-def _convolve(x, kernel, strides, padding, **kwargs):
-  """`lax.conv_general_dilated`, but for 3x3 kernels on 2x2 images on a CPU."""
+def _convolve(x, kernel, strides, padding, *, symmetric=False, **kwargs):
+  """`lax.conv_general_dilated`, but for 3x3 kernels on 2x2 images on a CPU.
+
+  With `symmetric` the padding is half of the kernel's size, on both sides.
+  """
+  if symmetric:
+    padding = [(size // 2, size // 2) for size in kernel.shape[:2]]
 
   def convolution(x, kernel):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)

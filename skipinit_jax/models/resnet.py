@@ -56,6 +56,8 @@ class ResNet(nn.Module):
     kernel_init: 'he' as the method says it, 'orthogonal', or 'looks_linear' for
       'crelu'; see `looks_linear`.
     skip: False: a feed-forward network of the same layers, without skip paths.
+    symmetric_padding: pad strided layers alike on both sides, as PyTorch does;
+      'SAME' pads images of even size by one less at the top and left.
     scan: equal blocks of a stage as one scanned block; see `stages`.
     remat: recompute blocks in the backward pass; see `stages`.
     statistics_group: images that share batch statistics; None: the whole batch
@@ -80,6 +82,7 @@ class ResNet(nn.Module):
   activation: str = 'relu'
   kernel_init: str = 'he'
   skip: bool = True
+  symmetric_padding: bool = False
   scan: bool = False
   remat: bool = False
   statistics_group: int | None = None
@@ -134,6 +137,7 @@ class ResNet(nn.Module):
       activation=self.activation,
       kernel_init=self.kernel_init,
       skip=self.skip,
+      symmetric_padding=self.symmetric_padding,
     )
     if method.fixup_block:
       block = functools.partial(FixupBlock, pooled_shortcut=self.small_images)
@@ -147,7 +151,8 @@ class ResNet(nn.Module):
     if method.fixup_block:
       x = relu(layers.scalar_bias('bias1')(x))
     if not self.small_images:
-      x = nn.max_pool(x, (3, 3), (2, 2), 'SAME')
+      padding = ((1, 1), (1, 1)) if self.symmetric_padding else 'SAME'
+      x = nn.max_pool(x, (3, 3), (2, 2), padding)
 
     for i, stage_size in enumerate(self.stage_sizes):
       width = self.features * 2**i
