@@ -54,7 +54,7 @@ DIGITS = {
   'model.classifier_init': 'he',
   # What is looked at along training.
   'watch_every_steps': 9,
-  'checkpoint_every_steps': 60,
+  'checkpoint_every_steps': 90,
   'keep_checkpoints': 100,
 }
 

@@ -26,7 +26,7 @@ Measured = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def measure(
-  workdirs: Mapping[str, Path], *, images: int = 128, steps: int = 16
+  workdirs: Mapping[str, Path], *, images: int = 64, steps: int = 12
 ) -> dict[str, dict[str, np.ndarray]]:
   """Of runs that watched their blocks.
 
