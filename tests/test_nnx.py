@@ -321,3 +321,19 @@ def test_importing_the_package_leaves_nnx_modules_alone():
 
   assert loaded('import skipinit_jax') == 'False'
   assert loaded('import skipinit_jax.models.nnx') == 'True'
+
+
+def test_parameter_rules_know_nnx_variables():
+  module = SkipInitLinear(4, 6, rngs=nnx.Rngs(0))
+  state = nnx.state(module, nnx.Param)
+  mask = nnx.to_pure_dict(models.decay_mask(state))
+  assert mask == {'alpha': False, 'bias': False, 'kernel': True}
+  tx = optax.chain(
+    optax.add_decayed_weights(0.5, models.decay_mask), optax.sgd(1.0)
+  )
+  optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
+  before = jax.tree.map(np.asarray, pure(module))
+  optimizer.update(module, jax.tree.map(jnp.zeros_like, state))
+  after = pure(module)
+  np.testing.assert_allclose(after['kernel'], 0.5 * before['kernel'])
+  np.testing.assert_array_equal(after['bias'], before['bias'])

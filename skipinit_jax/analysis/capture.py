@@ -1,6 +1,6 @@
 """What passes through the blocks of a network: variances of skip and branch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
@@ -51,8 +51,8 @@ def capture(
     rngs: for Dropout.
 
   Returns:
-    Arrays of shape (blocks,), in the order of the first calls, the calls of one
-    module together:
+    Arrays of shape (blocks,), in the order of the first calls, the steps of a
+    scan one after the other, the calls of one module together:
       name: str, as in 'stage1/block2';
       output_variance, output_squared_mean: of what `Join` returns (before the
         last ReLU of Fixup's post-activation blocks);
@@ -88,13 +88,27 @@ def capture(
     )
   sown = flax.traverse_util.flatten_dict(new.get('intermediates', {}), sep='/')
   found = [_of_path(path, sown) for path in seen]
-  out = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+  order = _in_order(list(seen), [len(f['name']) for f in found])
+  out = {
+    name: np.concatenate([f[name] for f in found])[order] for name in found[0]
+  }
   return out if pattern else _with_shares(out)
 
 
 def second_moment(captured: Mapping[str, np.ndarray], path: str) -> np.ndarray:
   """Mean square of the elements of 'skip', 'branch' or 'output', (blocks,)."""
   return captured[f'{path}_variance'] + captured[f'{path}_squared_mean']
+
+
+def _in_order(paths: Sequence[str], rows: Sequence[int]) -> list[int]:
+  """The order of all modules' rows, where a scan's steps come one by one."""
+  first: dict[str, int] = {}
+  keys = []
+  for i, (path, number) in enumerate(zip(paths, rows, strict=True)):
+    scanned, stacked, _ = f'/{path}/'.partition(f'/{STACKED}/')
+    place = first.setdefault(scanned, i) if stacked else i
+    keys += [(place, row if stacked else 0, i, row) for row in range(number)]
+  return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def _of_path(path: str, sown: Mapping[str, Any]) -> dict[str, np.ndarray]:

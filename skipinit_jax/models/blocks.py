@@ -56,11 +56,11 @@ def make_layers(
   *,
   num_blocks: int,
   branch_layers: int,
-  biases: bool,
-  statistics_group: int | None,
-  axis_name: str | None,
-  dtype: Dtype | None,
-  param_dtype: Dtype,
+  biases: bool = False,
+  statistics_group: int | None = None,
+  axis_name: str | None = None,
+  dtype: Dtype | None = None,
+  param_dtype: Dtype = 'float32',
   activation: str = 'relu',
   kernel_init: str = 'he',
   skip: bool = True,
@@ -284,6 +284,11 @@ def _changes_shape(x: jax.Array, features: int, strides: int) -> bool:
 
 def _subsample_and_pad(x: jax.Array, features: int, strides: int) -> jax.Array:
   x = x[:, ::strides, ::strides]
+  if features < x.shape[-1]:
+    raise InputError(
+      f'features={features}: a pooled shortcut pads channels, it has '
+      f'{x.shape[-1]} already; expected so many or more'
+    )
   return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
 
 

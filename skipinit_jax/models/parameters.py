@@ -24,7 +24,7 @@ def param_labels(params: Any, *, other: str | None = None) -> Any:
   """The leaf name of every parameter, a key of `LEAVES`.
 
   Args:
-    params: nested dicts of arrays.
+    params: nested dicts of arrays, or the state of an NNX module.
     other: 'decay' or 'no_decay', the label of leaves that `LEAVES` lacks; None
       makes them an error.
 
@@ -41,6 +41,8 @@ def param_labels(params: Any, *, other: str | None = None) -> Any:
     raise InputError(f"other={other!r}: expected 'decay' or 'no_decay'")
 
   def label(path, _):
+    if isinstance(path[-1], jax.tree_util.GetAttrKey):
+      path = path[:-1]  # The value of an NNX variable.
     leaf = jax.tree_util.keystr(path[-1:], simple=True)
     if leaf in LEAVES:
       return leaf
