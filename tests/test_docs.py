@@ -1,0 +1,339 @@
+"""The documentation: its code runs, its commands parse, its site is whole."""
+
+import html.parser
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import urllib.parse
+
+import pytest
+from absl import flags
+from runs import ROOT
+from test_report_browser import CHROMIUM, PHONE, chromium
+
+from skipinit_jax import export, published
+from skipinit_jax.ahead_of_time import __main__ as ahead_of_time
+from skipinit_jax.analysis import __main__ as analysis
+from skipinit_jax.data import __main__ as data
+from skipinit_jax.experiments import __main__ as experiments
+from skipinit_jax.experiments.studies import find_study
+from skipinit_jax.training.recipes import parse_overrides
+
+PAGES = sorted(ROOT.glob('docs/*.md'))
+TEXTS = [*PAGES, ROOT / 'README.md']
+
+
+def blocks(path, language):
+  pattern = rf'^```{language}\n(.*?)^```'
+  return re.findall(pattern, path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def with_blocks(language):
+  return [path for path in TEXTS if blocks(path, language)]
+
+
+def name(path):
+  return path.name
+
+
+@pytest.mark.parametrize(
+  'page', [p for p in with_blocks('python') if p in PAGES], ids=name
+)
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+  namespace = {'__name__': page.stem}
+  for block in blocks(page, 'python'):
+    exec(compile(block, page.name, 'exec'), namespace)
+
+
+def commands(path):
+  """(what is run, its arguments) for every command of ours in a page."""
+  for block in blocks(path, 'sh'):
+    for line in block.replace('\\\n', ' ').splitlines():
+      words = shlex.split(line, comments=True)
+      for i, word in enumerate(words):
+        rest = words[i + 1 :]
+        ends = (j for j, w in enumerate(rest) if set(w) <= set(';&|<>'))
+        rest = rest[: next(ends, len(rest))]
+        if word == 'train.py' or word.startswith('launch/'):
+          assert (ROOT / word).exists(), word
+          yield 'skipinit_jax.training', rest
+        elif word == '-m' and '.' in rest[0]:
+          yield rest[0], rest[1:]
+
+
+def parse_absl(arguments):
+  recipe, fields = 'digits', []
+  for argument in arguments:
+    flag, _, value = argument.removeprefix('--').partition('=')
+    if flag == 'config':
+      recipe = value
+    elif flag.startswith('config.'):
+      fields.append(argument)
+    else:
+      flags.FLAGS[flag].parser.parse(value or 'true')
+  parse_overrides(recipe, fields)
+
+
+def parse_study(arguments):
+  args, rest = experiments.parser().parse_known_args(arguments)
+  if args.action != 'list':
+    parse_overrides(find_study(args.study, args.dataset)[1].recipe, rest)
+
+
+def parse_analysis(arguments):
+  got = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, 'argv', ['analysis', *arguments])
+    patch.setattr(analysis, 'run', lambda *args: got.extend(args))
+    analysis.main()
+  args, rest = got
+  assert args.kind in (*analysis.KINDS, 'all')
+  parse_overrides(args.config, rest)
+
+
+def parse_export(arguments):
+  got = []
+
+  def wanted(checkpoint, out, platforms, folded):
+    got.extend(platforms)
+    raise export.InputError('parsed')
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, 'argv', ['export', *arguments])
+    patch.setattr(export, 'export', wanted)
+    with pytest.raises(SystemExit):
+      export.main()
+  assert got
+  assert set(got) <= set(export.PLATFORMS)
+
+
+PARSERS = {
+  'skipinit_jax.training': parse_absl,
+  'skipinit_jax.ahead_of_time': parse_absl,
+  'skipinit_jax.experiments': parse_study,
+  'skipinit_jax.data': lambda arguments: data._parser().parse_args(arguments),
+  'skipinit_jax.analysis': parse_analysis,
+  'skipinit_jax.export': parse_export,
+}
+
+
+@pytest.mark.parametrize('page', with_blocks('sh'), ids=name)
+def test_commands_of_a_page_parse(page):
+  assert ahead_of_time.main  # Which has defined its flags.
+  for module, arguments in commands(page):
+    if module in PARSERS:
+      PARSERS[module](arguments)
+    elif module != 'venv':
+      assert importlib.util.find_spec(module), module
+
+
+@pytest.mark.parametrize(
+  ('module', 'arguments'),
+  [
+    ('skipinit_jax.training', ['--config.model.dept=16']),
+    ('skipinit_jax.training', ['--workdri=runs/mine']),
+    ('skipinit_jax.experiments', ['run', 'dept']),
+    ('skipinit_jax.data', ['prepare', 'cifar10', '--dir=DATA']),
+    ('skipinit_jax.analysis', ['path']),
+    ('skipinit_jax.export', ['--checkpoint=RUN', '--output=DIR']),
+  ],
+)
+def test_commands_that_would_fail_do_not_parse(module, arguments):
+  with pytest.raises((Exception, SystemExit)):
+    PARSERS[module](arguments)
+
+
+def slug(heading):
+  """The anchor that GitHub gives a heading."""
+  kept = re.sub(r'[^\w\- ]', '', heading.strip().lower())
+  return kept.replace(' ', '-')
+
+
+def without_code(path):
+  text = re.sub(r'^```.*?^```', '', path.read_text(), flags=re.S | re.M)
+  return re.sub(r'`[^`\n]*`', 'code', text)
+
+
+@pytest.mark.parametrize('page', TEXTS, ids=name)
+def test_links_between_files_lead_somewhere(page):
+  links = re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', without_code(page))
+  for link in (a or b for a, b in links):
+    if link.startswith(('http://', 'https://')):
+      continue
+    file, _, anchor = link.partition('#')
+    target = page.parent / file if file else page
+    assert target.exists(), link
+    # Anchors of the reference are made from docstrings; see the test below.
+    if anchor and not target.name.startswith('api'):
+      text = re.sub(r'^```.*?^```', '', target.read_text(), flags=re.S | re.M)
+      headings = re.findall(r'^#+ (.+)$', text, re.M)
+      assert anchor in map(slug, headings), link
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('site')
+  done = subprocess.run(
+    [sys.executable, '-m', 'mkdocs', 'build', '--strict', '-d', folder],
+    cwd=ROOT,
+    # A note on the theme's future, which isn't about these pages.
+    env=os.environ | {'NO_MKDOCS_2_WARNING': '1'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  output = done.stdout + done.stderr
+  assert done.returncode == 0, output
+  assert 'WARNING' not in output, output
+  return folder
+
+
+class Html(html.parser.HTMLParser):
+  """What a page loads, links to, and can be linked at."""
+
+  def __init__(self, path):
+    super().__init__()
+    self.loads, self.links, self.ids = [], [], set()
+    self.feed(path.read_text())
+
+  def handle_starttag(self, tag, attrs):
+    attrs = dict(attrs)
+    self.ids |= {attrs.get('id'), attrs.get('name')} - {None}
+    if tag == 'a' and 'href' in attrs:
+      self.links.append(attrs['href'])
+    elif tag == 'link' and attrs.get('rel') not in ('next', 'prev'):
+      self.loads.append(attrs['href'])
+    elif 'src' in attrs:
+      self.loads.append(attrs['src'])
+
+
+@pytest.fixture(scope='module')
+def pages(site):
+  found = {p: Html(p) for p in site.rglob('*.html') if p.name != '404.html'}
+  assert {p.stem for p in found} == {p.stem for p in PAGES}
+  return found
+
+
+def test_the_site_loads_nothing_from_elsewhere(site, pages):
+  for path, page in pages.items():
+    assert page.loads
+    for url in page.loads:
+      assert not re.match(r'\w+:|//', url), f'{path.name}: {url}'
+      assert (path.parent / urllib.parse.urlsplit(url).path).exists(), url
+  for css in site.rglob('*.css'):
+    assert not re.search(r'@import|url\(["\']?(https?:|//)', css.read_text())
+
+
+def test_links_of_the_site_lead_somewhere(pages):
+  for path, page in pages.items():
+    for link in page.links:
+      if link.startswith(('http://', 'https://')):
+        continue
+      url = urllib.parse.urlsplit(link)
+      target = (path.parent / url.path).resolve() if url.path else path
+      assert target.exists(), f'{path.name}: {link}'
+      anchor = urllib.parse.unquote(url.fragment)
+      if anchor:
+        assert anchor in pages[target].ids, f'{path.name}: {link}'
+
+
+def test_the_reference_has_what_the_package_exports(pages):
+  ids = set().union(*(page.ids for page in pages.values()))
+  exports = re.findall(
+    r'import (\w+) as', (ROOT / 'skipinit_jax' / '__init__.py').read_text()
+  )
+  documented = {i.rpartition('.')[2] for i in ids if i.startswith('skipinit_')}
+  partials = {n for n in exports if re.fullmatch(r'ResNet\d+', n)}
+  assert set(exports) - partials - {'METHODS', '__version__'} <= documented
+
+
+# Goes through a copy of a page.
+PROBE = """
+addEventListener('load', () => parent.postMessage(JSON.stringify({
+  wide: document.documentElement.scrollWidth
+    - document.documentElement.clientWidth,
+  search: Boolean(document.querySelector('input[aria-label=Search]')),
+}), '*'));
+"""
+
+
+def probe(site, page, width):
+  """What PROBE finds in a frame of a width, without the theme's scripts.
+
+  The layout needs none, and Chromium's virtual time waits for their worker.
+  """
+  copy = site / 'probed.html'
+  text = (site / page).read_text()
+  text = re.sub(r'<script.*?</script>', '', text, flags=re.DOTALL)
+  copy.write_text(text.replace('</body>', f'<script>{PROBE}</script></body>'))
+  frame = site / 'frame.html'
+  frame.write_text(
+    f'<iframe width="{width}" height="844" src="{copy.name}"></iframe>'
+    '<script>onmessage = (event) => {'
+    'document.body.innerHTML = "<pre></pre>";'
+    'document.querySelector("pre").textContent = event.data}</script>'
+  )
+  try:
+    done = chromium('--dump-dom', frame.as_uri())
+  finally:
+    copy.unlink()
+    frame.unlink()
+  assert 'ERR_NAME_NOT_RESOLVED' not in done.stderr
+  return json.loads(re.search('<pre>(.*)</pre>', done.stdout)[1])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason='there is no Chromium')
+@pytest.mark.parametrize('page', ['library', 'measurements', 'api'])
+def test_a_phone_scrolls_tables_and_not_the_page(site, page):
+  found = probe(site, f'{page}.html', PHONE)
+  assert found['wide'] <= 0
+  assert found['search']
+
+
+def test_light_and_dark_are_the_readers(site):
+  text = (site / 'index.html').read_text()
+  schemes = re.findall(
+    r'data-md-color-media="([^"]+)" data-md-color-scheme="(\w+)"', text
+  )
+  assert schemes == [
+    ('(prefers-color-scheme: light)', 'default'),
+    ('(prefers-color-scheme: dark)', 'slate'),
+  ]
+
+
+def cells_of(text):
+  """The rows of all Markdown tables, as tuples of cells."""
+  rows = re.findall(r'^\| ?(.*?) ?\|$', text, re.M)
+  return {tuple(cell.strip() for cell in row.split('|')) for row in rows}
+
+
+def test_published_figures_are_the_ones_that_reports_print():
+  found = cells_of((ROOT / 'docs' / 'how_it_works.md').read_text())
+  for depth in (16, 100, 1000):
+    row = [str(depth)]
+    for method in ('batchnorm', 'skipinit_sqrt', 'skipinit'):
+      figure = published.DEPTH[method][depth]
+      row.append(f'{figure.value} ± {figure.error} (2^{figure.rate})')
+    assert tuple(row) in found
+  for method, figures in published.IMAGENET.items():
+    row = [f'{top1} / {top5}' for top1, top5 in figures.values()]
+    assert (method, *row) in found
+
+
+def test_the_transformers_table_is_that_of_its_file():
+  path = ROOT / 'docs' / 'transformer.json'
+  spec = importlib.util.spec_from_file_location(
+    'transformer', ROOT / 'examples' / 'transformer.py'
+  )
+  example = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(example)
+  table = example.table(json.loads(path.read_text())['cells'])
+  printed = cells_of((ROOT / 'docs' / 'measurements.md').read_text())
+  assert len(cells_of(table)) >= 4
+  assert cells_of(table) - {('---',) * 5} <= printed
