@@ -1,0 +1,110 @@
+"""What `watch_every_steps` costs: a step with and without it, and a look.
+
+  python -m benchmarks.watching --out=docs/watching.json
+
+The digits' recipe at several depths. In each round, in turn: steps of a run
+that does not watch, steps of one that does, and looks (`watch_step`). Writes
+the times of every round in milliseconds, their medians, and what watching every
+100 steps adds to a step in percent; compiling is left out.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import tqdm
+
+from benchmarks.input_pipeline import machine
+from skipinit_jax.data import open_dataset
+from skipinit_jax.training.config import peak_rate
+from skipinit_jax.training.devices import replicate, tell
+from skipinit_jax.training.lines import write_json
+from skipinit_jax.training.program import make_program
+from skipinit_jax.training.recipes import load_recipe, set_fields
+from skipinit_jax.training.result import versions
+from skipinit_jax.training.startup import initial_state
+
+EVERY = 100
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--depths', type=int, nargs='+', default=[16, 100])
+  parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument('--steps', type=int, default=20, help='a round')
+  parser.add_argument('--out', type=Path, required=True)
+  args = parser.parse_args()
+  result = {
+    'command': ' '.join(['python', '-m', 'benchmarks.watching', *sys.argv[1:]]),
+    'machine': machine(),
+    'versions': versions(),
+    'depths': {
+      str(d): measure(d, args.rounds, args.steps) for d in args.depths
+    },
+  }
+  write_json(args.out, result)
+  for depth, found in result['depths'].items():
+    print(f'depth {depth}: {found["medians"]} ms, {found["percent"]:.2f} %')
+
+
+def measure(depth: int, rounds: int, steps: int) -> dict[str, Any]:
+  """Milliseconds of a step off and on, and of a look; rounds and medians."""
+  calls = {
+    'off': stepper(depth, None),
+    'on': stepper(depth, EVERY),
+    'look': looker(depth),
+  }
+  times: dict[str, list[float]] = {name: [] for name in calls}
+  for call in calls.values():
+    call()  # Compiles.
+  for _ in tqdm.trange(rounds, desc=f'depth {depth}'):
+    for name, call in calls.items():
+      start = time.perf_counter()
+      for _ in range(steps):
+        out = call()
+      jax.block_until_ready(out)
+      times[name].append(1e3 * (time.perf_counter() - start) / steps)
+  medians = {k: round(statistics.median(v), 3) for k, v in times.items()}
+  added = medians['on'] - medians['off'] + medians['look'] / EVERY
+  return {
+    'rounds': times,
+    'medians': medians,
+    'percent': 100 * added / medians['off'],
+  }
+
+
+def stepper(depth: int, every: int | None) -> Callable[[], Any]:
+  """A call that makes the next step of a run."""
+  program, state, batch = run(depth, every)
+
+  def step() -> Any:
+    nonlocal state
+    state, metrics = program.train_step(state, batch, tell(), 1)
+    return metrics
+
+  return step
+
+
+def looker(depth: int) -> Callable[[], Any]:
+  """A call that looks into the blocks."""
+  program, state, batch = run(depth, EVERY)
+  return lambda: program.watch_step(state, batch, tell())
+
+
+def run(depth: int, every: int | None) -> tuple[Any, Any, Any]:
+  fields = {'model.depth': depth, 'watch_every_steps': every}
+  config = set_fields(load_recipe('digits'), fields)
+  data = open_dataset(config.data)
+  program = make_program(config, data)
+  state = initial_state(program, config, data, config.seed, peak_rate(config))
+  batch, _ = next(data.inputs(replicate, config, 0))
+  return program, replicate(state), batch
+
+
+if __name__ == '__main__':
+  main()
