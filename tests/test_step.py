@@ -315,7 +315,7 @@ def test_watched_shares_are_those_of_a_capture_of_the_whole_batch(method, scan):
 
 
 def test_watched_gradient_norms_are_those_of_each_block():
-  config = recipe(model__method='skipinit', watch_every_steps=7)
+  config = recipe(model__method='skipinit', watch_every_steps=1)
   # At a rate of 1 without momentum the update is the gradient.
   config.optimizer.momentum = config.optimizer.l2 = 0.0
   config.optimizer.learning_rate = 1.0

@@ -16,6 +16,7 @@ from skipinit_jax.training import step as steps
 from skipinit_jax.training.config import build_method, build_model
 from skipinit_jax.training.devices import map_over_devices
 from skipinit_jax.training.optimizer import make_optimizer, make_schedule
+from skipinit_jax.training.timetable import make_timetable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,9 @@ def make_program(
     'augment': data.augmentation,
     'batch_size': config.batch_size,
   }
+  watches = None
+  if config.watch_every_steps is not None:
+    watches = make_timetable(config, data.train_size).watches
   train_step = functools.partial(
     steps.train_step,
     **of_data,
@@ -78,7 +82,7 @@ def make_program(
     label_smoothing=config.label_smoothing,
     ema_decay=config.ema_decay,
     log_every=config.log_every_steps,
-    watch=config.watch_every_steps is not None,
+    watch=watches,
     max_skips=config.divergence_limit if config.on_divergence == 'skip' else 0,
   )
   eval_step = functools.partial(

@@ -111,7 +111,7 @@ def train_step(
   label_smoothing: float,
   ema_decay: float | None,
   log_every: int,
-  watch: bool,
+  watch: Callable | None,
   max_skips: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update, under the mapped axis `AXIS`.
@@ -137,7 +137,8 @@ def train_step(
     label_smoothing: see `cross_entropy`.
     ema_decay: of the averaged parameters, None for none.
     log_every: steps over which the reported loss and top1 are averaged.
-    watch: report the norm of every block's gradient.
+    watch: whether the norm of every block's gradient is wanted when so many
+      steps are made, a traced number; it is zero otherwise. None: never.
     max_skips: updates in a row that may be skipped as not finite.
 
   Returns:
@@ -215,7 +216,10 @@ def train_step(
     **jax.lax.psum(host, AXIS),
   }
   if watch:
-    metrics['block_grad_norm'] = block_norms(grads)
+    zeros = jnp.zeros_like(jax.eval_shape(block_norms, grads))
+    metrics['block_grad_norm'] = jax.lax.cond(
+      watch(state.step + 1), block_norms, lambda _: zeros, grads
+    )
   return select(finite, updated, select(skips, passed_over, state)), metrics
 
 
