@@ -314,18 +314,21 @@ def test_watched_shares_are_those_of_a_capture_of_the_whole_batch(method, scan):
   np.testing.assert_allclose(ours['branch_share'], theirs['share'], rtol=1e-4)
 
 
-def test_watched_gradient_norms_are_those_of_each_block():
-  config = recipe(model__method='skipinit', watch_every_steps=1)
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_watched_gradient_norms_are_those_of_each_block(micro_batches):
+  config = recipe(model__method='skipinit', micro_batches=micro_batches)
   # At a rate of 1 without momentum the update is the gradient.
   config.optimizer.momentum = config.optimizer.l2 = 0.0
   config.optimizer.learning_rate = 1.0
-  _, program = pure_step(config)
+  data, program = data_of(config), make_program(config, data_of(config))
   before = fresh_state(config, program)
-  after, metrics = run(config)
+  after, _ = run(config)
   grads = jax.tree.map(jnp.subtract, before.params, after.params)
   names = block_names(grads)
   assert names == [f'stage{s}/block1' for s in (1, 2, 3)]
-  for name, norm in zip(names, metrics['block_grad_norm'], strict=True):
+  batch, _ = next(data.inputs(replicate, config, 0))
+  norms = program.watch_step(replicate(before), batch, tell())
+  for name, norm in zip(names, norms['block_grad_norm'], strict=True):
     stage, block = name.split('/')
     square = sum(
       np.sum(np.square(np.asarray(leaf, np.float64)))

@@ -16,7 +16,6 @@ from skipinit_jax.training import step as steps
 from skipinit_jax.training.config import build_method, build_model
 from skipinit_jax.training.devices import map_over_devices
 from skipinit_jax.training.optimizer import make_optimizer, make_schedule
-from skipinit_jax.training.timetable import make_timetable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +69,19 @@ def make_program(
     'augment': data.augmentation,
     'batch_size': config.batch_size,
   }
-  watches = None
-  if config.watch_every_steps is not None:
-    watches = make_timetable(config, data.train_size).watches
-  train_step = functools.partial(
-    steps.train_step,
+  gradient = functools.partial(
+    steps.gradient,
     **of_data,
-    tx=tx,
-    schedule=schedule,
     micro_batches=config.micro_batches,
     label_smoothing=config.label_smoothing,
+  )
+  train_step = functools.partial(
+    steps.train_step,
+    gradient=gradient,
+    tx=tx,
+    schedule=schedule,
     ema_decay=config.ema_decay,
     log_every=config.log_every_steps,
-    watch=watches,
     max_skips=config.divergence_limit if config.on_divergence == 'skip' else 0,
   )
   eval_step = functools.partial(
@@ -91,7 +90,7 @@ def make_program(
   several = functools.partial(
     _several, train_step, in_loop=config.steps_per_call > 1
   )
-  watch = functools.partial(steps.watch_step, **of_data)
+  watch = functools.partial(steps.watch_step, gradient=gradient, **of_data)
 
   def watch_step(state, inputs, host):
     del host  # pmap wants an argument that differs between devices.

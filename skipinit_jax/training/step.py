@@ -101,17 +101,11 @@ def train_step(
   inputs: Any,
   host: dict[str, jax.Array],
   *,
-  model: nn.Module,
+  gradient: Callable,
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
-  choose: Callable,
-  augment: Callable,
-  batch_size: int,
-  micro_batches: int,
-  label_smoothing: float,
   ema_decay: float | None,
   log_every: int,
-  watch: Callable | None,
   max_skips: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update, under the mapped axis `AXIS`.
@@ -128,48 +122,19 @@ def train_step(
     host: what this device's process has to tell the others, int32 (): `stop`,
       whether it was asked to, and `replaced`, images of the batch that could
       not be read.
-    model, tx, schedule: the network, its optimizer for a peak rate of 1, and
-      the learning rate by step as a share of the peak rate.
-    choose, augment: of the data set; see `data.Resident.choose` and
-      `data.Augmentation`.
-    batch_size: over all devices.
-    micro_batches: parts that this device's share is cut into.
-    label_smoothing: see `cross_entropy`.
+    gradient: of the loss, by (state, inputs); see `gradient`.
+    tx, schedule: the optimizer for a peak rate of 1, and the learning rate by
+      step as a share of the peak rate.
     ema_decay: of the averaged parameters, None for none.
     log_every: steps over which the reported loss and top1 are averaged.
-    watch: whether the norm of every block's gradient is wanted when so many
-      steps are made, a traced number; it is zero otherwise. None: never.
     max_skips: updates in a row that may be skipped as not finite.
 
   Returns:
     The new state and the metrics, scalars equal on all devices: loss and top1
     (averaged since the last multiple of `log_every`), learning_rate, grad_norm,
-    param_norm, skipped, finite; stop and replaced, summed over the processes;
-    and block_grad_norm, float32 (blocks,), in the order of `block_names`.
+    param_norm, skipped, finite; stop and replaced, summed over the processes.
   """
-  drawn, (dropout_key, augment_key) = draw(state, inputs, choose, batch_size)
-
-  def loss_fn(params, images, labels, examples):
-    images, targets = augment(images, labels, augment_key, examples)
-    logits, changed = model.apply(
-      {'params': params, 'batch_stats': state.batch_stats},
-      images,
-      train=True,
-      first_example=examples[0],
-      rngs={'dropout': dropout_key},
-      mutable=['batch_stats'],
-    )
-    loss = cross_entropy(logits, targets, label_smoothing).mean()
-    top1 = in_top_k(logits, targets.argmax(-1), 1).mean()
-    return loss, (top1, changed.get('batch_stats', {}))
-
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  (loss, (top1, batch_stats)), grads = accumulate(
-    functools.partial(grad_fn, state.params), drawn, micro_batches
-  )
-  loss, top1, batch_stats, grads = jax.lax.pmean(
-    (loss, top1, batch_stats, grads), AXIS
-  )
+  (loss, top1, batch_stats), grads = gradient(state, inputs)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   updates = jax.tree.map(lambda u: u * state.rate, updates)
   params = optax.apply_updates(state.params, updates)
@@ -215,11 +180,6 @@ def train_step(
     'finite': finite | skips,
     **jax.lax.psum(host, AXIS),
   }
-  if watch:
-    zeros = jnp.zeros_like(jax.eval_shape(block_norms, grads))
-    metrics['block_grad_norm'] = jax.lax.cond(
-      watch(state.step + 1), block_norms, lambda _: zeros, grads
-    )
   return select(finite, updated, select(skips, passed_over, state)), metrics
 
 
@@ -248,20 +208,22 @@ def watch_step(
   state: TrainState,
   inputs: Any,
   *,
+  gradient: Callable,
   model: nn.Module,
   choose: Callable,
   augment: Callable,
   batch_size: int,
 ) -> dict[str, jax.Array]:
-  """How far each branch counts, on the images of a step; changes nothing.
+  """What the blocks do, on the images of the step to come; changes nothing.
 
   Args:
-    state, inputs, model, choose, augment, batch_size: see `train_step`.
+    state, inputs, gradient: see `train_step`.
+    model, choose, augment, batch_size: see `gradient`.
 
   Returns:
-    alpha, float32, in the order of `alphas`, and branch_share, float32
-    (blocks,), in that of `block_names`: the branch's second moment over those
-    of both paths. Neither where there is none.
+    alpha, float32, in the order of `alphas`; and in that of `block_names`,
+    float32 (blocks,), block_grad_norm and branch_share: the branch's second
+    moment over those of both paths. Without what the network has not.
   """
   drawn, (dropout_key, augment_key) = draw(state, inputs, choose, batch_size)
   images, labels, examples = drawn
@@ -276,10 +238,63 @@ def watch_step(
   )
   skip, branch = jnp.moveaxis(jax.lax.pmean(moments, AXIS), -1, 0)
   total = skip + branch
-  watched = {'branch_share': jnp.where(total == 0, 0.0, branch / total)}
+  _, grads = gradient(state, inputs)
+  watched = {
+    'branch_share': jnp.where(total == 0, 0.0, branch / total),
+    'block_grad_norm': block_norms(grads),
+  }
   if scalars := alphas(state.params):
     watched['alpha'] = jnp.stack([*scalars.values()])
   return {name: value for name, value in watched.items() if value.size}
+
+
+def gradient(
+  state: TrainState,
+  inputs: Any,
+  *,
+  model: nn.Module,
+  choose: Callable,
+  augment: Callable,
+  batch_size: int,
+  micro_batches: int,
+  label_smoothing: float,
+) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
+  """The gradient that the step after `state` follows, the mean over `AXIS`.
+
+  Args:
+    state, inputs: see `train_step`.
+    model: the network.
+    choose, augment: of the data set; see `data.Resident.choose` and
+      `data.Augmentation`.
+    batch_size: over all devices.
+    micro_batches: parts that this device's share is cut into.
+    label_smoothing: see `cross_entropy`.
+
+  Returns:
+    The loss, top-1 and new batch statistics; and the gradient, like the
+    parameters.
+  """
+  drawn, (dropout_key, augment_key) = draw(state, inputs, choose, batch_size)
+
+  def loss_fn(params, images, labels, examples):
+    images, targets = augment(images, labels, augment_key, examples)
+    logits, changed = model.apply(
+      {'params': params, 'batch_stats': state.batch_stats},
+      images,
+      train=True,
+      first_example=examples[0],
+      rngs={'dropout': dropout_key},
+      mutable=['batch_stats'],
+    )
+    loss = cross_entropy(logits, targets, label_smoothing).mean()
+    top1 = in_top_k(logits, targets.argmax(-1), 1).mean()
+    return loss, (top1, changed.get('batch_stats', {}))
+
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  (loss, (top1, batch_stats)), grads = accumulate(
+    functools.partial(grad_fn, state.params), drawn, micro_batches
+  )
+  return jax.lax.pmean(((loss, top1, batch_stats), grads), AXIS)
 
 
 def accumulate(grad_fn: Callable, batch: Any, parts: int) -> Any:

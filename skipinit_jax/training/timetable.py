@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError
@@ -42,11 +41,10 @@ class Timetable:
     """Whether a checkpoint is due."""
     return step % self.checkpoint_every == 0 or step == self.total
 
-  def watches(self, step: int | jax.Array) -> bool | jax.Array:
-    """Whether a look into the blocks is due; of a traced step too."""
-    if self.watch_every is None:
-      return False
-    return (step % self.watch_every == 0) | (step == self.total)
+  def watches(self, step: int) -> bool:
+    """Whether a look into the blocks is due."""
+    every = self.watch_every
+    return every is not None and (step % every == 0 or step == self.total)
 
   def count(self, step: int) -> int:
     """Steps in the call after `step`, which ends where something is due."""
