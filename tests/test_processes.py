@@ -26,7 +26,7 @@ SYNCED = (
 ENDLESS = (*SYNCED, '--config.epochs=1000000')
 
 
-def start_two(workdir, *flags):
+def start_two(workdir, *flags, heartbeat=15):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -36,7 +36,7 @@ def start_two(workdir, *flags):
       *flags,
       f'--coordinator=localhost:{port}',
       '--num_processes=2',
-      '--heartbeat_seconds=15',
+      f'--heartbeat_seconds={heartbeat}',
       f'--process_id={i}',
       devices=2,
     )
@@ -106,7 +106,8 @@ def test_a_killed_process_ends_the_others(tmp_path):
 
 def test_a_stuck_process_ends_the_others_and_is_named(tmp_path):
   flags = (*ENDLESS, '--config.stuck_after_seconds=8')
-  two = start_two(tmp_path / 'run', *flags)
+  # On a busy machine JAX's heartbeat would notice first.
+  two = start_two(tmp_path / 'run', *flags, heartbeat=90)
   wait_for(lambda: len(metric_lines(tmp_path / 'run')) > 2, two[0])
   two[1].send_signal(signal.SIGSTOP)
   try:
