@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import time
 
 import numpy as np
 from runs import (
@@ -109,6 +110,7 @@ def test_a_stuck_process_ends_the_others_and_is_named(tmp_path):
   # On a busy machine JAX's heartbeat would notice first.
   two = start_two(tmp_path / 'run', *flags, heartbeat=90)
   wait_for(lambda: len(metric_lines(tmp_path / 'run')) > 2, two[0])
+  time.sleep(3)  # Progress is told once in a second.
   two[1].send_signal(signal.SIGSTOP)
   try:
     status, _, err = finish(two[0])
