@@ -1,7 +1,12 @@
 """What this package says about bad input: one line, for people."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+
+# What a file system answers that is full or broken, not badly chosen.
+FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class InputError(ValueError):
@@ -10,6 +15,14 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
   """A run that can't go on for a reason outside it (a full disk); one line."""
+
+
+def unwritable(
+  folder: str | os.PathLike, error: OSError
+) -> InputError | RunError:
+  """The error for a folder that can't be written to: badly chosen, or full."""
+  kind = RunError if error.errno in FULL_OR_BROKEN else InputError
+  return kind(f'can not write to {folder}: {error.strerror or error}')
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> str:

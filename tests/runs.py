@@ -2,13 +2,16 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import fsspec
 import jax
 import numpy as np
+from fsspec.implementations.memory import MemoryFileSystem
 
 from skipinit_jax.training.metrics import TIMINGS, read_metrics
 
@@ -34,6 +37,24 @@ def start(workdir, *flags, devices=1, **environment):
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def start_two(workdir, *flags, heartbeat=15):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  return [
+    start(
+      workdir,
+      *flags,
+      f'--coordinator=localhost:{port}',
+      '--num_processes=2',
+      f'--heartbeat_seconds={heartbeat}',
+      f'--process_id={i}',
+      devices=2,
+    )
+    for i in range(2)
+  ]
 
 
 def finish(process, timeout=300):
@@ -98,3 +119,20 @@ def assert_same_run(workdir, other):
   for result in results:
     del result['seconds']
   assert results[0] == results[1]
+
+
+class Bucket(MemoryFileSystem):
+  """A bucket in memory, where etils looks for Google's."""
+
+  protocol = ('gs', 'gcs')
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(path.removeprefix('gs://'))
+
+
+def empty_bucket():
+  """The address of a bucket with nothing in it."""
+  fsspec.register_implementation('gcs', Bucket, clobber=True)
+  Bucket.store.clear()
+  return 'gs://bucket'

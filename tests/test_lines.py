@@ -1,29 +1,16 @@
 """Metric lines in a file and as objects of a bucket."""
 
-import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from runs import empty_bucket
 
 from skipinit_jax.training.lines import Lines
-
-
-class Bucket(MemoryFileSystem):
-  """A bucket in memory, where etils looks for Google's."""
-
-  protocol = ('gs', 'gcs')
-
-  @classmethod
-  def _strip_protocol(cls, path):
-    return super()._strip_protocol(path.removeprefix('gs://'))
 
 
 @pytest.fixture(params=['file', 'bucket'])
 def workdir(request, tmp_path):
   if request.param == 'file':
     return tmp_path
-  fsspec.register_implementation('gcs', Bucket, clobber=True)
-  Bucket.store.clear()
-  return 'gs://bucket/run'
+  return f'{empty_bucket()}/run'
 
 
 def written(workdir, *steps):

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import time
 
 import numpy as np
@@ -13,6 +12,7 @@ from runs import (
   metric_lines,
   run,
   start,
+  start_two,
   wait_for,
 )
 
@@ -25,24 +25,6 @@ SYNCED = (
   '--config.data.mixup=0.2',
 )
 ENDLESS = (*SYNCED, '--config.epochs=1000000')
-
-
-def start_two(workdir, *flags, heartbeat=15):
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = free.getsockname()[1]
-  return [
-    start(
-      workdir,
-      *flags,
-      f'--coordinator=localhost:{port}',
-      '--num_processes=2',
-      f'--heartbeat_seconds={heartbeat}',
-      f'--process_id={i}',
-      devices=2,
-    )
-    for i in range(2)
-  ]
 
 
 def assert_close(workdir, other):

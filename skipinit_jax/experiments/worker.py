@@ -6,20 +6,19 @@ Saves and stops when process PID, which started it, has ended, however that
 ended; where one is still saving in FOLDER, the next one waits for it.
 """
 
-import fcntl
 import os
 import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 
 def main() -> None:
   """Trains as `python -m skipinit_jax.training` does."""
-  parent, folder = int(sys.argv[1]), Path(sys.argv[2])
-  with open(folder / 'lock', 'w') as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+  parent, folder = int(sys.argv[1]), sys.argv[2]
+  from skipinit_jax.training.lock import hold
+
+  with hold(folder, print, wait=True):
     sys.argv[1:] = sys.argv[3:]
     from skipinit_jax.training.__main__ import run
 

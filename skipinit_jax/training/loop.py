@@ -3,25 +3,27 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.models.parameters import alphas, block_names
 from skipinit_jax.training import devices, startup
 from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
 from skipinit_jax.training.config import check_config
 from skipinit_jax.training.evaluate import evaluate
+from skipinit_jax.training.lock import hold_for_all
 from skipinit_jax.training.metrics import Reporter, read_evals
 from skipinit_jax.training.profile import Profiler
-from skipinit_jax.training.program import make_program
+from skipinit_jax.training.program import Program, make_program
 from skipinit_jax.training.result import read_result, write_result
 from skipinit_jax.training.signals import Stopped, StopRequest
-from skipinit_jax.training.timetable import make_timetable
+from skipinit_jax.training.timetable import Timetable, make_timetable
 from skipinit_jax.training.watchdog import Watchdog
 
 
@@ -39,8 +41,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     What `result.json` holds, see `training.result`.
 
   Raises:
-    InputError: a recipe that can't run, or a workdir of another run; one line,
-      before anything is compiled or written.
+    InputError: a recipe that can't run, or a workdir of another run, or one
+      whose run is going on; one line, before anything is compiled or written.
     RunError: the run can't go on, for a reason outside it; what was saved stays
       good.
     Stopped: asked to stop by SIGTERM or SIGINT; all steps made are saved.
@@ -52,9 +54,32 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   data = open_dataset(config.data)
   program = make_program(config, data)
   times = make_timetable(config, data.train_size)
-  startup.open_workdir(workdir, config)
-  if (result := read_result(workdir)) is not None:
-    return result
+  with hold_for_all(workdir, startup.say) as check_held:
+    startup.open_workdir(workdir, config)
+    if (result := read_result(workdir)) is not None:
+      return result
+    try:
+      return _make_steps(
+        config, workdir, data, program, times, check_held, began
+      )
+    except (OSError, RunError) as error:
+      check_held()  # The cause, where the workdir was moved away.
+      if isinstance(error, RunError):
+        raise
+      reason = error.strerror or error
+      raise RunError(f'{error.filename or workdir}: {reason}') from error
+
+
+def _make_steps(
+  config: ConfigDict,
+  workdir: epath.Path,
+  data: Any,
+  program: Program,
+  times: Timetable,
+  check_held: Callable[[], None],
+  began: float,
+) -> dict:
+  """The steps that are left, and the result."""
   startup.set_compilation_cache(config.compilation_cache)
 
   place = devices.replicate if data.input_axis is None else devices.shard
@@ -72,6 +97,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
 
     def asked() -> bool:
       watchdog.beat()
+      check_held()
       return request.requested is not None
 
     step, state = startup.restore_or_create(program, config, data, checkpoints)
@@ -135,6 +161,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
 
     reporter.flush()
     profiler.close()
+    check_held()
     if stopped:
       if not reporter.diverged:
         reporter.sync()

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from skipinit_jax import published
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, unwritable
 from skipinit_jax.models.parameters import count_parameters
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import unstack_blocks
@@ -102,8 +102,7 @@ def open_workdir(workdir: epath.Path, config: ConfigDict) -> None:
       if changed:  # What was the end may no longer be.
         (workdir / RESULT).unlink(missing_ok=True)
     except OSError as error:
-      reason = error.strerror
-      raise InputError(f'can not write to {workdir}: {reason}') from None
+      raise unwritable(workdir, error) from None
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('config.json is written')
     if not path.exists():
