@@ -17,12 +17,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.models.checks import kind, shown
 from skipinit_jax.models.methods import METHODS, resolve_method
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import stack_blocks
 
 SEPARATOR = '.'
+# What safetensors can write, and read again as NumPy arrays.
+FLOATS = ('float64', 'float32', 'float16', 'bfloat16', 'complex64')
+INTEGERS = ('int64', 'int32', 'int16', 'int8')
+SAVED = (*FLOATS, 'bool', *INTEGERS, *(f'u{name}' for name in INTEGERS))
 # Of a list of names in an error.
 SHOWN = 3
 # A buffer of torch's batch normalization, which evaluation does not read.
@@ -38,12 +43,27 @@ def save_weights(path: os.PathLike | str, tree: Mapping[str, Any]) -> None:
       'batch_stats': ...}; an empty dict leaves no trace.
 
   Raises:
-    InputError: a name with a dot, or a file that can't be written.
+    InputError: a name that is no text or has a dot, a leaf that is no array or
+      of a dtype that the format lacks, or a file that can't be written.
   """
+  if not isinstance(tree, Mapping):
+    raise InputError(f'expected nested dicts of arrays, got {kind(tree)}')
   flat = flatten_dict(tree)
-  for name in {name for names in flat for name in names}:
-    if SEPARATOR in name:
-      raise InputError(f'{name!r}: a name in a tree of weights has no dot')
+  for names, leaf in flat.items():
+    where = SEPARATOR.join(map(str, names))
+    for name in names:
+      if not isinstance(name, str):
+        raise InputError(
+          f'{where}: the key {name!r} is no text; expected {str(name)!r}'
+        )
+      if SEPARATOR in name:
+        raise InputError(f'{name!r}: a name in a tree of weights has no dot')
+    if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
+      raise InputError(
+        f'{where}: expected a NumPy or JAX array, got {shown(leaf)}'
+      )
+    if str(leaf.dtype) not in SAVED:
+      raise InputError(f'{where}: {unknown("dtype", str(leaf.dtype), SAVED)}')
   # safetensors writes memory as it lies.
   arrays = {
     SEPARATOR.join(names): np.asarray(leaf, order='C')

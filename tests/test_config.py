@@ -221,6 +221,20 @@ def test_parts_of_a_method_can_be_changed():
   assert build_method(config) == Method(zero_last=True)
 
 
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'model__method': 'fixup', 'model__alpha': '0'},
+    {'model__method': 'skipinit', 'model__zero_last': True},
+  ],
+)
+def test_branches_that_could_never_move_are_refused(fields):
+  message = refused(build_model, recipe(**fields), 10)
+  assert 'with zero_last=True' in message
+  changed = {**fields, 'model__alpha': '0', 'model__zero_last': False}
+  assert build_model(recipe(**changed), 10).method.alpha_value(3) == 0
+
+
 def test_scalar_biases_are_for_the_block_that_has_them():
   config = recipe(model__method='skipinit', model__scalar_biases=True)
   assert 'for fixup, not for skipinit' in refused(build_model, config, 10)

@@ -183,7 +183,7 @@ def test_float64_throughout():
     ({'method': 'skipint'}, "did you mean 'skipinit'"),
     ({'activation': 'rleu'}, "unknown activation 'rleu'; did you mean 'relu'"),
     ({'branch_layers': 3}, 'branch_layers=3: expected 1 or 2'),
-    ({'blocks': 0}, 'blocks=0 must be 1 or more'),
+    ({'blocks': 0}, 'blocks=0 must be a whole number, 1 or more'),
     ({'num_classes': 0}, 'num_classes=0 must be'),
   ],
 )

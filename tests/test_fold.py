@@ -177,6 +177,17 @@ def test_dense_networks(method, scan, activation):
   assert not [n for n in names(folded) if n.endswith('alpha')]
 
 
+@pytest.mark.parametrize('method', ['skipinit', 'divide_sqrt2'])
+@pytest.mark.parametrize('scan', [False, True])
+def test_dense_networks_without_skip_paths_have_no_gain_to_fold(method, scan):
+  inputs = images(3)
+  model = DenseResNet(4, 6, 5, method=method, skip=False, scan=scan)
+  params, rest = split(moved(model, inputs))
+  before = run(model, params, rest, inputs)
+  assert np.abs(before).max() > 1e-3
+  close(run(*fold(model, params), rest, inputs), before, 2e-5)
+
+
 def primitives(jaxpr):
   """Names of all primitives, those of inner programs included."""
   found = set()
@@ -282,5 +293,10 @@ def test_what_does_not_fold():
     fold(own, {})
   with pytest.raises(InputError, match='gain=-1 folds where ReLU'):
     fold(WideResNet(10, method=Method(gain=-1.0)), {})
+  variables = {'params': {'stem': {}}, 'batch_stats': {}}
+  with pytest.raises(InputError, match=r"variables of params.*\['params'\]"):
+    fold(WideResNet(10, method='divide_sqrt2'), variables)
+  with pytest.raises(InputError, match=r'type Dense; expected fold_params'):
+    fold(nn.Dense(3), {})
   with pytest.raises(InputError, match="'body/scale' has an alpha and no kern"):
     fold_params({'body': {'scale': {'alpha': np.float32(1)}}})

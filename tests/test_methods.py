@@ -13,7 +13,9 @@ import pytest
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
   METHODS,
+  DenseResNet,
   Join,
+  Method,
   ResNet,
   WideResNet,
   fixup_kernel_init,
@@ -85,17 +87,40 @@ def test_a_method_of_ones_own_is_taken_as_it_is():
     ('skipinit', '1/sqrt', r"alpha='1/sqrt': .*'1/sqrt\(d\)'"),
     ('skipinit', float('nan'), 'finite number'),
     ('skipinit', 'inf', 'finite number'),
+    ('skipinit', [1], r'alpha=\(1,\): expected a finite number'),
+    ('skipinit', np.ones((9, 9)), 'alpha=array.*: expected a finite number'),
+    (['skipinit'], None, r"unknown method .*; did you mean 'skipinit'"),
+    ('fixup', 0, 'alpha=0 with zero_last=True: .*expected another alpha'),
+    ('fixup', '0.0', "alpha='0.0' with zero_last=True"),
+    (Method(alpha=0.0, zero_last=True), None, 'alpha=0.0 with zero_last=True'),
+    (Method(scalar_biases=True), None, 'scalar_biases=True is for fixup_block'),
   ],
 )
 def test_a_wrong_method_or_alpha_is_one_line(method, alpha, message):
-  model = WideResNet(10, 1, method=method, alpha=alpha)
-  with pytest.raises(InputError, match=message) as error:
+  fields = {'method': method, 'alpha': alpha}
+  for model in (WideResNet(10, 1, **fields), DenseResNet(2, 3, **fields)):
+    with pytest.raises(InputError, match=message) as error:
+      jax.eval_shape(
+        functools.partial(model.init, train=False),
+        jax.random.key(0),
+        jnp.zeros((1, 8, 8, 1)),
+      )
+    assert '\n' not in str(error.value)
+    assert len(str(error.value)) <= 300
+
+
+def test_an_alpha_of_zero_is_for_last_kernels_that_are_not():
+  for method in (
+    dataclasses.replace(METHODS['fixup'], alpha=0, zero_last=False),
+    dataclasses.replace(METHODS['fixup'], alpha=None),
+    dataclasses.replace(METHODS['fixup'], alpha=0.1),
+  ):
+    model = ResNet((1,), num_classes=2, method=method, features=4)
     jax.eval_shape(
       functools.partial(model.init, train=False),
       jax.random.key(0),
       jnp.zeros((1, 8, 8, 1)),
     )
-  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(

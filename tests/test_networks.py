@@ -13,8 +13,10 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
   METHODS,
   RESNETS,
+  DenseResNet,
   Join,
   ResNet,
+  ResNet18,
   ResNet50,
   WideResNet,
   blocks,
@@ -396,6 +398,8 @@ def test_a_width_below_one_is_refused(width):
     ((2, 3, 8, 8, 1), 'float32', r'got float32 of shape \(2, 3, 8, 8, 1\)'),
     ((2, 8, 8, 1), 'uint8', r'must be floating .*got uint8'),
     ((2, 8, 8, 1), 'int32', r'must be floating .*got int32'),
+    ((2, 0, 0, 1), 'float32', r'no axis empty, got float32 of shape \(2, 0, 0'),
+    ((0, 8, 8, 1), 'float32', r'no axis empty, got float32 of shape \(0, 8, 8'),
   ],
 )
 def test_images_of_wrong_rank_or_dtype_are_refused(shape, dtype, message):
@@ -403,6 +407,66 @@ def test_images_of_wrong_rank_or_dtype_are_refused(shape, dtype, message):
   x = jax.ShapeDtypeStruct(shape, dtype)
   with pytest.raises(InputError, match=message):
     jax.eval_shape(init, jax.random.key(0), x)
+
+
+@pytest.mark.parametrize('method', ['skipinit', 'batchnorm'])
+def test_no_images_and_no_arrays_are_refused_by_both_families(method):
+  for model, of in (
+    (ResNet((1,), method=method), 'images'),
+    (DenseResNet(1, 3, method=method), 'inputs'),
+  ):
+    for x, got in (
+      (np.ones((0, 8, 8, 1), np.float32), r'float32 of shape \(0, 8, 8, 1\)'),
+      ([[[[0.5]]]], 'a value of type list'),
+    ):
+      with pytest.raises(InputError, match=f'{of} must be floating .*{got}'):
+        model.init(jax.random.key(0), x, train=True)
+
+
+@pytest.mark.parametrize(
+  ('make', 'message'),
+  [
+    (lambda: ResNet(18), 'stage_sizes=18: expected a whole number of blocks'),
+    (lambda: ResNet((2.0, 2.0)), r'stage_sizes=\(2.0, 2.0\): expected a whole'),
+    (lambda: ResNet((2, 0)), r'stage_sizes=\(2, 0\): expected a whole number'),
+    (lambda: ResNet(()), r'stage_sizes=\(\): expected a whole number'),
+    (lambda: ResNet((1,), 10), 'bottleneck=10: expected True or False'),
+    (lambda: ResNet((1,), 1), 'bottleneck=1: expected True or False'),
+    (lambda: ResNet18('none'), "num_classes='none' must be a whole number"),
+    (lambda: ResNet18(True), 'num_classes=True must be a whole number'),
+    (lambda: ResNet18(2.6), 'num_classes=2.6 must be .*; nearest: 3'),
+    (lambda: ResNet((1,), features=1.5), 'features=1.5 must be a whole number'),
+    (lambda: ResNet((1,), features=None), 'features=None must be a whole'),
+    (lambda: WideResNet(10, 1.5), 'width=1.5 must be a whole .*; nearest: 2'),
+    (lambda: WideResNet('10'), "depth='10' of a Wide-ResNet must be a whole"),
+    (lambda: WideResNet(10.0), 'depth=10.0 of a Wide-ResNet must be a whole'),
+    (lambda: ResNet((1,), statistics_group=-2), 'statistics_group=-2 must be'),
+    (lambda: ResNet((1,), statistics_group=0), 'statistics_group=0 must be'),
+    (lambda: ResNet((1,), dtype='foo'), "unknown dtype 'foo'.*float32"),
+    (lambda: ResNet((1,), dtype='bflaot16'), "did you mean 'bfloat16'"),
+    (lambda: ResNet((1,), dtype='int32'), "unknown dtype 'int32'"),
+    (lambda: ResNet((1,), param_dtype=[1]), r'unknown param_dtype \(1,\)'),
+    (lambda: DenseResNet(1, 2, dtype='foo'), "unknown dtype 'foo'"),
+    (lambda: DenseResNet(1.0, 2), 'blocks=1.0 must be .*; nearest: 1'),
+    (lambda: DenseResNet(1, None), 'width=None must be a whole number'),
+  ],
+)
+def test_arguments_of_the_wrong_kind_are_one_line(make, message):
+  with pytest.raises(InputError, match=message) as error:
+    shapes_of(make(), (2, 8, 8, 1))
+  assert '\n' not in str(error.value)
+  assert len(str(error.value)) <= 300
+
+
+@pytest.mark.parametrize('depth', RESNETS)
+def test_the_first_argument_of_a_resnet_is_its_classes(depth):
+  for model in (RESNETS[depth](1), RESNETS[depth](num_classes=1)):
+    assert model.num_classes == 1
+    assert model.bottleneck is (depth >= 50)
+    assert len(model.stage_sizes) == 4
+  fields = {'method': 'fixup', 'features': 8}
+  assert RESNETS[depth](7, **fields).method == 'fixup'
+  assert RESNETS[depth](None).num_classes is None
 
 
 # The same networks from the papers, on arrays alone.
@@ -639,6 +703,26 @@ def test_a_network_cut_into_micro_batches_gives_the_same_logits():
   np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-5)
   wrong = np.concatenate([train(x[i : i + 3], 0) for i in (0, 3)])
   assert np.abs(whole[3:] - wrong[3:]).max() > 1e-2
+
+
+def test_under_vmap_dropout_is_told_which_example_it_has():
+  model = ResNet(
+    (1,), num_classes=5, features=4, small_images=True, dropout=0.5
+  )
+  shape = (4, 4, 4, 1)
+  variables, x = randomize(model, shape), images(shape)
+
+  def train(x, first):
+    rngs = {'dropout': jax.random.key(0)}
+    return model.apply(variables, x, train=True, rngs=rngs, first_example=first)
+
+  each = jax.vmap(lambda image, i: train(image[None], i)[0])
+  whole = train(x, 0)
+  np.testing.assert_allclose(each(x, jnp.arange(4)), whole, 1e-4, 1e-5)
+  # All with the mask of the first, as the documentation warns.
+  same = np.abs(each(x, jnp.zeros(4, int)) - whole).max(1)
+  assert same[0] < 1e-5
+  assert same[1:].max() > 1e-2
 
 
 def test_training_without_dropout_needs_no_key():

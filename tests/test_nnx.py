@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from skipinit_jax import models
+from skipinit_jax.errors import InputError
 from skipinit_jax.models import ResNet
 from skipinit_jax.models.nnx import SkipInit, SkipInitConv, SkipInitLinear
 
@@ -337,3 +338,14 @@ def test_parameter_rules_know_nnx_variables():
   after = pure(module)
   np.testing.assert_allclose(after['kernel'], 0.5 * before['kernel'])
   np.testing.assert_array_equal(after['bias'], before['bias'])
+
+
+def test_only_floating_branches_and_numbers_are_taken():
+  with pytest.raises(InputError, match='floating dtype, got int32'):
+    SkipInit(0.5)(jnp.arange(3))
+  for make in (
+    lambda value: SkipInit(value),
+    lambda value: SkipInitLinear(2, 2, init_value=value, rngs=nnx.Rngs(0)),
+  ):
+    with pytest.raises(InputError, match=r"init_value='1/sqrt\(d\)': expected"):
+      make('1/sqrt(d)')

@@ -204,3 +204,27 @@ def test_a_constant_channel_is_finite():
   y, stats = train(BatchNorm(), variables, x)
   assert np.isfinite(y).all()
   assert (np.asarray(stats['var']) > 0).all()
+
+
+@pytest.mark.parametrize('group', [0, -2, 2.0, True])
+def test_a_group_is_a_whole_number_of_images(group):
+  message = f'group={group} must be a whole number'
+  for mode in (True, False):
+    with pytest.raises(InputError, match=message):
+      BatchNorm(group=group).init(jax.random.key(0), images(), train=mode)
+
+
+def test_no_images_have_no_statistics():
+  with pytest.raises(InputError, match=r'float32 of shape \(0, 3, 2, 5\)'):
+    train(BatchNorm(), random_variables(), images()[:0])
+
+
+def test_running_statistics_are_float32_under_x64_too():
+  with jax.enable_x64(True):
+    for dtype in ('float32', 'float64'):
+      layer, x = BatchNorm(param_dtype=dtype), images(dtype=dtype)
+      variables = layer.init(jax.random.key(0), x, train=True)
+      y, stats = train(layer, variables, x)
+      assert y.dtype == dtype
+      for tree in (variables['batch_stats'], stats):
+        assert {v.dtype for v in tree.values()} == {jnp.dtype('float32')}

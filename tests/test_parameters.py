@@ -1,12 +1,15 @@
 """Which parameters decay, by leaf name."""
 
 import functools
+from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
@@ -207,3 +210,93 @@ def test_blocks_are_named_and_measured_alike_in_both_forms():
     np.testing.assert_allclose(norm, np.linalg.norm(flat), rtol=1e-5)
   # A network of the reader's own, without blocks.
   assert block_norms({'dense': {'kernel': np.ones(3)}}).shape == (0,)
+
+
+class Layer(NamedTuple):
+  kernel: Any
+  bias: Any
+
+
+@flax.struct.dataclass
+class Scaled:
+  value: Layer
+  alpha: Any
+
+
+class Branches(nnx.Module):
+  """Two scalars in one block, one of which has no layer."""
+
+  def __init__(self):
+    self.out = Scalar(1.0)
+    self.alpha = nnx.Param(jnp.asarray(2.0))
+
+
+class Scalar(nnx.Module):
+  def __init__(self, alpha):
+    self.alpha = nnx.Param(jnp.asarray(alpha))
+    self.kernel = nnx.Param(jnp.ones((2, 3)))
+
+
+def test_fields_of_tuples_and_structs_are_leaf_names():
+  layer = Layer(kernel=np.ones((2, 3)), bias=np.ones(3))
+  tree = {'block1': Scaled(value=layer, alpha=np.float32(0.5))}
+  labels = param_labels(tree)
+  assert labels['block1'].value == Layer('kernel', 'bias')
+  assert labels['block1'].alpha == 'alpha'
+  mask = decay_mask(tree)['block1']
+  assert (mask.value, mask.alpha) == (Layer(True, False), False)
+  assert count_parameters(tree) == {
+    'kernel': (1, 6),
+    'bias': (1, 3),
+    'alpha': (1, 1),
+  }
+  assert [*alphas(tree).values()] == [0.5]
+  with pytest.raises(InputError, match="'a/value' has the unknown leaf name"):
+    param_labels({'a': Scaled(value=np.ones(1), alpha=np.ones(()))})
+
+
+def test_the_state_of_an_nnx_module_has_the_names_of_its_variables():
+  state = nnx.state(nnx.Dict(block1=Branches(), block2=Scalar(3.0)))
+  labels = param_labels({'all': state})['all']
+  assert nnx.to_pure_dict(labels) == {
+    'block1': {'alpha': 'alpha', 'out': {'alpha': 'alpha', 'kernel': 'kernel'}},
+    'block2': {'alpha': 'alpha', 'kernel': 'kernel'},
+  }
+  assert count_parameters(state) == {'alpha': (3, 3), 'kernel': (2, 12)}
+  found = {name: float(alpha) for name, alpha in alphas(state).items()}
+  assert found == {'block1': 2, 'block1/out': 1, 'block2': 3}
+  # A variable may hold a tree: its names count, its own does not.
+  tree = nnx.State({'layer': nnx.Param(Layer(np.ones((2, 3)), np.ones(3)))})
+  assert count_parameters(tree) == {'kernel': (1, 6), 'bias': (1, 3)}
+
+
+def test_no_scalar_of_a_block_is_lost():
+  def block(i):
+    out, mlp = {'alpha': np.float32(i)}, {'alpha': np.float32(i + 0.5)}
+    return {'attention': {'out': out}, 'mlp1': {'kernel': np.ones(2)}, 'b': mlp}
+
+  def flat(i):
+    a, b = block(i)['attention']['out'], block(i)['b']
+    return {'out': a, 'mlp2': b}
+
+  deep = {f'block{i}': flat(i) for i in range(1, 12)}
+  expected = {}
+  for i in range(1, 12):
+    expected |= {f'body/block{i}/mlp2': i + 0.5, f'body/block{i}/out': i}
+  assert alphas({'body': deep}) == expected
+  assert [*alphas({'body': deep})] == [*expected]
+  stacked = alphas({'body': stack_blocks(deep)})
+  assert {name: float(alpha) for name, alpha in stacked.items()} == expected
+  assert [*stacked] == [*expected]
+  # Branches that are modules of their own, each with its scalar.
+  assert alphas({'block1': block(1)}) == {
+    'block1': 1.5,
+    'block1/attention': 1,
+  }
+  # One on the way to another, and alone at the top.
+  nested = {'a': {'alpha': np.float32(1), 'b': {'alpha': np.float32(2)}}}
+  assert alphas(nested) == {'a': 1, 'a/b': 2}
+  assert [*alphas({'alpha': np.float32(1)}).values()] == [1]
+  # Modules that are called `blocks` and stack nothing.
+  plain = {'blocks': {'my_blocks': {'out': {'alpha': np.float32(1)}}}}
+  assert alphas(plain) == {'blocks/my_blocks': 1}

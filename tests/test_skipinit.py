@@ -304,3 +304,30 @@ def test_join_adds_and_multiplies_by_its_gain():
 def test_join_refuses_paths_of_different_shapes():
   with pytest.raises(InputError, match=r'\(2, 3\).*\(2, 1\).*same shape'):
     Join().apply({}, jnp.ones((2, 3)), jnp.ones((2, 1)))
+
+
+@pytest.mark.parametrize('branch', [np.arange(3), np.ones(3, bool), 0.5])
+def test_only_floating_branches_are_scaled(branch):
+  """Alpha of 0.5 as an integer is 0."""
+  with pytest.raises(InputError, match='floating dtype, got'):
+    SkipInit(0.5).init(jax.random.key(0), branch)
+
+
+@pytest.mark.parametrize('value', ['1/sqrt(d)', [1.0], None, np.ones(2)])
+@pytest.mark.parametrize(
+  'layer', [SkipInit(), SkipInitConv(4, (3, 3)), SkipInitDense(4)]
+)
+def test_an_initial_value_is_a_number(layer, value):
+  layer = layer.clone(init_value=value)
+  with pytest.raises(InputError, match=r'init_value=.*num_blocks\*\*-0.5'):
+    layer.init(jax.random.key(0), jnp.ones((1, 3, 3, 4)))
+
+
+def test_an_initial_value_may_be_computed():
+  def alpha(value):
+    layer = SkipInitDense(2, init_value=value)
+    return layer.init(jax.random.key(0), jnp.ones((1, 2)))['params']['alpha']
+
+  for value in (np.float32(0.5), jnp.asarray(0.5)):
+    assert float(alpha(value)) == 0.5
+  assert float(jax.jit(alpha)(0.5)) == 0.5

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
   METHODS,
   ResNet,
@@ -185,6 +186,23 @@ def test_scanned_blocks_start_apart():
   assert np.abs(kernels[0] - kernels[1]).max() > 0.1
   # Each with the fan of one block, not of the stack.
   assert kernels.std() == pytest.approx((2 / 36) ** 0.5, rel=0.2)
+
+
+@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('scan', [False, True])
+def test_parameters_of_the_other_form_are_refused_in_one_line(scan, remat):
+  other = shapes_of(network(scan=not scan))
+  model = network(scan=scan, remat=remat)
+  turn = 'stack_blocks' if scan else 'unstack_blocks'
+  message = f'stage1 has parameters .* expected .*scan={not scan}, or .*{turn}'
+  for kwargs in ({}, {'mutable': ['intermediates']}):
+    with pytest.raises(InputError, match=message) as error:
+      jax.eval_shape(
+        lambda v, kwargs=kwargs: model.apply(v, images(), train=True, **kwargs),
+        other,
+      )
+    assert '\n' not in str(error.value)
+    assert len(str(error.value)) <= 300
 
 
 def activations(model):

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -280,3 +281,9 @@ def test_one_difference_has_no_others():
   params = {'stem': {'kernel': jnp.ones((3, 2))}}
   with pytest.raises(InputError, match=r'\(3, 2\).*\(3, 4\).*only$'):
     load_body(params, {'stem': {'kernel': jnp.ones((3, 4))}})
+
+
+def test_stage_outputs_are_for_networks_of_this_package():
+  images = jnp.ones((1, 4, 4, 1))
+  with pytest.raises(InputError, match='got a value of type Dense; for other'):
+    stage_outputs(nn.Dense(3), {}, images)

@@ -266,3 +266,24 @@ def test_what_is_no_file_of_weights(tmp_path):
     save_weights(tmp_path / 'nowhere' / 'file', {'a': np.ones(1)})
   with pytest.raises(InputError, match=r"'a\.b': a name"):
     save_weights(tmp_path / 'file', {'a.b': np.ones(1)})
+
+
+@pytest.mark.parametrize(
+  ('tree', 'message'),
+  [
+    ({'layers': {0: np.ones(1)}}, r"layers\.0: the key 0 is no text; .* '0'"),
+    ({'a': [np.ones(1), np.ones(1)]}, r'a: .* array, got \[array'),
+    ({'a': {'b': None}}, r'a\.b: expected a NumPy or JAX array, got None'),
+    ({'a': np.asarray([None])}, "a: unknown dtype 'object'"),
+    ({'a': np.ones(1, 'complex128')}, "did you mean 'complex64'"),
+    ({'a': jax.ShapeDtypeStruct((1,), 'float32')}, 'a: .* got ShapeDtypeStr'),
+    ([np.ones(1)], 'nested dicts of arrays, got a value of type list'),
+    (None, 'nested dicts of arrays, got a value of type NoneType'),
+  ],
+)
+def test_what_is_no_tree_of_weights(tree, message, tmp_path):
+  with pytest.raises(InputError, match=message) as error:
+    save_weights(tmp_path / 'file', tree)
+  assert '\n' not in str(error.value)
+  assert len(str(error.value)) <= 300
+  assert not (tmp_path / 'file').exists()

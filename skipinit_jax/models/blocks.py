@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.models.checks import check_floating_dtype
 from skipinit_jax.models.looks_linear import (
   KERNEL_INITS,
   kernel_initializer,
@@ -72,6 +73,8 @@ def make_layers(
     InputError: choices that don't go together; see `ResNet`.
   """
   check_choices(method, num_blocks, activation, kernel_init, skip)
+  check_floating_dtype('dtype', dtype)
+  check_floating_dtype('param_dtype', param_dtype)
   dtypes = {'dtype': dtype, 'param_dtype': param_dtype}
   outer = kernel_initializer(kernel_init, he_normal(method.kernel_fan))
   # The stem's input is not mirrored.
@@ -237,6 +240,7 @@ def check_choices(
   method: Method, num_blocks: int, activation: str, kernel_init: str, skip: bool
 ) -> None:
   """Raises InputError for what has no meaning, or no signal at the start."""
+  method.check(num_blocks)
   if activation not in ACTIVATIONS:
     raise InputError(unknown('activation', activation, ACTIVATIONS))
   if kernel_init not in KERNEL_INITS:

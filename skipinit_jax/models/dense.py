@@ -11,6 +11,11 @@ from flax.typing import Dtype
 
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.models.blocks import relu
+from skipinit_jax.models.checks import (
+  check_floating_dtype,
+  check_whole,
+  kind,
+)
 from skipinit_jax.models.methods import METHODS, Method, resolve_method
 from skipinit_jax.models.normalization import BatchNorm
 from skipinit_jax.models.skipinit import Join, SkipInitDense
@@ -81,7 +86,7 @@ class DenseResNet(nn.Module):
 
     Raises:
       InputError: inputs that are not floating or have no batch, an unknown
-        method, or sizes that can't be.
+        method or dtype, sizes that can't be, or an alpha of 0 with `zero_last`.
     """
     method = self._check(inputs)
     act, variance = ACTIVATIONS[self.activation]
@@ -128,20 +133,27 @@ class DenseResNet(nn.Module):
     )(x)
 
   def _check(self, inputs: jax.Array) -> Method:
-    if inputs.ndim < 2 or not jnp.issubdtype(inputs.dtype, jnp.floating):
+    if (
+      getattr(inputs, 'ndim', 0) < 2
+      or not jnp.issubdtype(inputs.dtype, jnp.floating)
+      or 0 in inputs.shape
+    ):
       raise InputError(
-        'inputs must be floating and of shape (batch, ...), got '
-        f'{inputs.dtype} of shape {inputs.shape}'
+        'inputs must be floating and of shape (batch, ...), no axis empty, got '
+        f'{kind(inputs)}'
       )
-    for field in ('blocks', 'width', 'num_classes'):
-      value = getattr(self, field)
-      if value is not None and value < 1:
-        raise InputError(f'{field}={value} must be 1 or more')
+    check_whole('blocks', self.blocks)
+    check_whole('width', self.width)
+    if self.num_classes is not None:
+      check_whole('num_classes', self.num_classes)
+    check_floating_dtype('dtype', self.dtype)
+    check_floating_dtype('param_dtype', self.param_dtype)
     if self.activation not in ACTIVATIONS:
       raise InputError(unknown('activation', self.activation, ACTIVATIONS))
     if self.branch_layers not in (1, 2):
       raise InputError(f'branch_layers={self.branch_layers}: expected 1 or 2')
     method = resolve_method(self.method, self.alpha)
+    method.check(self.blocks)
     if method.fixup_block or method.rescale or method.scalar_biases:
       good = [name for name in METHODS if name != 'fixup']
       raise InputError(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from skipinit_jax.errors import InputError
+from skipinit_jax.models.checks import kind
 from skipinit_jax.models.dense import DenseResNet
 from skipinit_jax.models.methods import resolve_method
 from skipinit_jax.models.resnet import ResNet
@@ -45,11 +46,23 @@ def fold(
 
   Raises:
     InputError: a gain that is not positive, that goes with batch
-      normalization, or whose powers leave float32.
+      normalization, or whose powers leave float32; another network; variables
+      in the place of parameters.
   """
+  if not isinstance(model, ResNet | DenseResNet):
+    raise InputError(
+      f'fold takes a ResNet or DenseResNet, got {kind(model)}; expected '
+      'fold_params(params) for any other network'
+    )
+  if 'params' in params:
+    raise InputError(
+      f'fold takes parameters, got variables of {", ".join(params)}; expected '
+      "fold(model, variables['params'])"
+    )
   method = resolve_method(model.method, model.alpha)
   folded = fold_params(params)
-  if method.gain != 1:
+  # Without skip paths there are no sums for the gain to be on.
+  if method.gain != 1 and model.skip:
     if method.normalize or not method.gain > 0:
       raise InputError(
         f'gain={method.gain:g} folds where ReLU passes positive factors on: '

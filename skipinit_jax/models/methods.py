@@ -7,6 +7,7 @@ from collections.abc import Callable
 from flax import linen as nn
 
 from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.models.checks import shown
 
 Initializer = Callable
 
@@ -47,17 +48,31 @@ class Method:
     """The scalar's initial value in a network of `num_blocks` blocks."""
     if self.alpha is None:
       return None
-    if self.alpha == '1/sqrt(d)':
+    if isinstance(self.alpha, str) and self.alpha == '1/sqrt(d)':
       return num_blocks**-0.5
     try:
       value = float(self.alpha)
-    except ValueError:
+    except (TypeError, ValueError):
       value = math.nan
     if not math.isfinite(value):
       raise InputError(
-        f"alpha={self.alpha!r}: expected a finite number or '1/sqrt(d)'"
+        f"alpha={shown(self.alpha)}: expected a finite number or '1/sqrt(d)'"
       )
     return value
+
+  def check(self, num_blocks: int) -> None:
+    """Raises InputError for fields that contradict each other."""
+    if self.scalar_biases and not self.fixup_block:
+      raise InputError(
+        'scalar_biases=True is for fixup_block=True, which has the places for '
+        "them; expected scalar_biases=False, or the parts of method 'fixup'"
+      )
+    if self.alpha_value(num_blocks) == 0 and self.zero_last:
+      raise InputError(
+        f'alpha={shown(self.alpha)} with zero_last=True: each keeps the '
+        "other's gradient at zero for ever; expected another alpha, such as 1, "
+        'or zero_last=False'
+      )
 
 
 METHODS: dict[str, Method] = {
@@ -92,19 +107,19 @@ def resolve_method(
     InputError: for an unknown name, or an `alpha` for a method without one.
   """
   if not isinstance(method, Method):
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
       raise InputError(unknown('method', method, METHODS))
     name, method = method, METHODS[method]
   else:
     name = 'this method'
   if alpha is None:
     return method
-  if alpha == 'none':
+  if isinstance(alpha, str) and alpha == 'none':
     return dataclasses.replace(method, alpha=None)
   if method.alpha is None:
     having = ' or '.join(n for n, m in METHODS.items() if m.alpha is not None)
     raise InputError(
-      f'alpha={alpha!r} was given, but {name} has no such scalar; '
+      f'alpha={shown(alpha)} was given, but {name} has no such scalar; '
       f'expected {having}, or alpha left out'
     )
   return dataclasses.replace(method, alpha=alpha)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from skipinit_jax.models.checks import check_branch, check_scalar
+
 
 class SkipInit(nnx.Module):
   """Scales a residual branch by one learnable scalar (De & Smith 2020, sec. 4).
@@ -32,10 +34,12 @@ class SkipInit(nnx.Module):
   def __init__(
     self, init_value: float = 0.0, *, param_dtype: Dtype = jnp.float32
   ):
+    check_scalar('init_value', init_value)
     self.alpha = nnx.Param(jnp.asarray(init_value, param_dtype))
 
   def __call__(self, branch: jax.Array) -> jax.Array:
     """Returns alpha * branch, with the shape and dtype of `branch`."""
+    check_branch(branch)
     return self.alpha[...].astype(branch.dtype) * branch
 
 
@@ -47,6 +51,7 @@ class _Folded:
   """
 
   def __init__(self, *args, init_value: float = 0.0, **kwargs):
+    check_scalar('init_value', init_value)
     super().__init__(*args, **kwargs)
     self.alpha = nnx.Param(jnp.asarray(init_value, self.param_dtype))
 

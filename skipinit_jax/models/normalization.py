@@ -1,11 +1,14 @@
 """Batch normalization over a stated group of images."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
 from skipinit_jax.errors import InputError
+from skipinit_jax.models.checks import check_whole, kind
 
 
 class BatchNorm(nn.Module):
@@ -34,7 +37,13 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """Normalizes x: (batch, height, width, channels)."""
+    """Normalizes x: (batch, height, width, channels).
+
+    Raises:
+      InputError: a `group` that does not divide the batch, or no images.
+    """
+    if self.group is not None:
+      check_whole('group', self.group)
     channels = x.shape[-1]
     scale = self.param(
       'scale', nn.initializers.ones, (channels,), self.param_dtype
@@ -42,9 +51,14 @@ class BatchNorm(nn.Module):
     bias = self.param(
       'bias', nn.initializers.zeros, (channels,), self.param_dtype
     )
-    running_mean = self.variable('batch_stats', 'mean', jnp.zeros, channels)
-    running_var = self.variable('batch_stats', 'var', jnp.ones, channels)
+    stats = functools.partial(self.variable, 'batch_stats')
+    running_mean = stats('mean', jnp.zeros, channels, jnp.float32)
+    running_var = stats('var', jnp.ones, channels, jnp.float32)
     if train:
+      if 0 in x.shape:
+        raise InputError(
+          f'batch statistics need images with pixels, got {kind(x)}'
+        )
       group = self.group or x.shape[0]
       if x.shape[0] % group:
         raise InputError(

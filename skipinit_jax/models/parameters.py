@@ -1,6 +1,8 @@
 """Which parameters decay, and which have a rate of their own, by leaf name."""
 
+import collections
 import re
+import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -24,7 +26,9 @@ def param_labels(params: Any, *, other: str | None = None) -> Any:
   """The leaf name of every parameter, a key of `LEAVES`.
 
   Args:
-    params: nested dicts of arrays, or the state of an NNX module.
+    params: nested dicts of arrays, or any tree: a field of a NamedTuple or of a
+      `flax.struct` is a leaf name too, and so is that of an NNX variable in the
+      state of a module.
     other: 'decay' or 'no_decay', the label of leaves that `LEAVES` lacks; None
       makes them an error.
 
@@ -40,21 +44,41 @@ def param_labels(params: Any, *, other: str | None = None) -> Any:
   if other not in (None, 'decay', 'no_decay'):
     raise InputError(f"other={other!r}: expected 'decay' or 'no_decay'")
 
-  def label(path, _):
-    if isinstance(path[-1], jax.tree_util.GetAttrKey):
-      path = path[:-1]  # The value of an NNX variable.
-    leaf = jax.tree_util.keystr(path[-1:], simple=True)
+  def label(names: tuple[str, ...]) -> str:
+    leaf = names[-1] if names else ''
     if leaf in LEAVES:
       return leaf
     if other is None:
-      where = jax.tree_util.keystr(path, simple=True, separator='/')
       raise InputError(
-        f'parameter {where!r} has the unknown leaf name {leaf!r}; known are '
-        f"{', '.join(LEAVES)}; other='decay' or other='no_decay' settles it"
+        f'parameter {"/".join(names)!r} has the unknown leaf name {leaf!r}; '
+        f'known are {", ".join(LEAVES)}; '
+        "other='decay' or other='no_decay' settles it"
       )
     return other
 
-  return jax.tree_util.tree_map_with_path(label, params)
+  labels = [label(names) for names, _ in named_leaves(params)]
+  return jax.tree.unflatten(jax.tree.structure(params), labels)
+
+
+def named_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+  """The leaves of a tree, each with the names on the way to it.
+
+  NNX keeps an array as the value of a variable, which has the name: that step
+  is left out.
+  """
+  found = []
+  for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nnx):
+    for inside, leaf in jax.tree_util.tree_leaves_with_path(node):
+      keys = (*path, *inside[1:])
+      names = [jax.tree_util.keystr((key,), simple=True) for key in keys]
+      found.append((tuple(names), leaf))
+  return found
+
+
+def _is_nnx(node: Any) -> bool:
+  """Whether an NNX variable; there is none before NNX, slow to import, is."""
+  nnx = sys.modules.get('flax.nnx')
+  return nnx is not None and isinstance(node, nnx.Variable)
 
 
 def decay_mask(
@@ -88,21 +112,35 @@ def alphas(params: Any) -> dict[str, jax.Array]:
   """The scalars of all residual branches, from the input to the output.
 
   Args:
-    params: of a network whose blocks are numbered, or stacked for a scan.
+    params: of a network whose blocks are numbered, or stacked for a scan; see
+      `param_labels`.
 
   Returns:
-    Block -> its alpha, shape (), as in 'stage1/block2'.
+    Block -> its alpha, shape (), as in 'stage1/block2'. Where a block has
+    several, each goes by its layer, as in 'stage1/block2/out'.
+
+  >>> block = {'out': {'alpha': 1}, 'mlp2': {'alpha': 2}}
+  >>> alphas({'block1': block, 'block2': {'conv2': {'alpha': 3}}})
+  {'block1/mlp2': 2, 'block1/out': 1, 'block2': 3}
   """
+  layers = {}
+  for names, leaf in named_leaves(params):
+    path = names[:-1]
+    if names[-1:] != ('alpha',):
+      continue
+    if STACKED not in path or not leaf.ndim:
+      layers[path] = leaf
+      continue
+    for i in range(leaf.shape[0]):
+      numbered = (f'block{i + 2}' if n == STACKED else n for n in path)
+      layers[tuple(numbered)] = leaf[i]
+  blocks = collections.Counter(path[:-1] for path in layers)
   found = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    block = '/'.join(names[:-2])
-    if names[-1] == 'alpha' and STACKED in names:
-      for i in range(leaf.shape[0]):
-        found[block.replace(STACKED, f'block{i + 2}')] = leaf[i]
-    elif names[-1] == 'alpha':
-      found[block] = leaf
-  return {block: found[block] for block in in_order(found)}
+  for path, leaf in layers.items():
+    block = path[:-1]
+    alone = block and blocks[block] == 1 and block not in layers
+    found['/'.join(block if alone else path)] = leaf
+  return {name: found[name] for name in in_order(found)}
 
 
 def block_names(params: Any) -> list[str]:
@@ -137,8 +175,8 @@ def block_norms(grads: Any) -> jax.Array:
 def _by_block(tree: Any) -> dict[str, list[jax.Array]]:
   """The leaves of every block, or of all stacked ones of a stage, in order."""
   found: dict[str, list[jax.Array]] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    names = jax.tree_util.keystr(path, simple=True, separator='/')
+  for path, leaf in named_leaves(tree):
+    names = '/'.join(path)
     if match := re.match(rf'(?:[^/]+/)*(?:block\d+|{STACKED})(?=/)', names):
       found.setdefault(match[0], []).append(leaf)
   return {block: found[block] for block in in_order(found)}

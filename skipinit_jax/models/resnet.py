@@ -1,6 +1,7 @@
 """Residual networks: ResNet V2 of any size, and Wide-ResNets."""
 
 import functools
+import numbers
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from skipinit_jax.models.blocks import (
   make_layers,
   relu,
 )
+from skipinit_jax.models.checks import check_whole, is_whole, kind, shown
 from skipinit_jax.models.looks_linear import kernel_initializer
 from skipinit_jax.models.methods import (
   Initializer,
@@ -117,10 +119,12 @@ class ResNet(nn.Module):
       is None; float32 unless the parameters are wider.
 
     Raises:
-      InputError: images of another rank or dtype, an unknown method, sizes
-        that can't be, or choices that don't go together: 'crelu' or no skip
-        paths with fixup's blocks; 'looks_linear' without 'crelu'; no skip paths
-        where the branches start at zero.
+      InputError: images of another rank or dtype or without pixels, an unknown
+        method or dtype, sizes that can't be, parameters of a scanned network in
+        an unrolled one or the reverse, or choices that don't go together:
+        'crelu' or no skip paths with fixup's blocks; 'looks_linear' without
+        'crelu'; no skip paths where the branches start at zero; an alpha of 0
+        where the last kernels start at zero too.
     """
     self._check(images)
     method = resolve_method(self.method, self.alpha)
@@ -192,19 +196,31 @@ class ResNet(nn.Module):
     )(x)
 
   def _check(self, images: jax.Array) -> None:
-    if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+    if (
+      getattr(images, 'ndim', 0) != 4
+      or not jnp.issubdtype(images.dtype, jnp.floating)
+      or 0 in images.shape
+    ):
       raise InputError(
         'images must be floating and of shape (batch, height, width, '
-        f'channels), got {images.dtype} of shape {images.shape}'
+        f'channels), no axis empty, got {kind(images)}'
       )
-    if min(self.stage_sizes, default=0) < 1:
+    sizes = self.stage_sizes
+    whole = isinstance(sizes, Sequence) and all(map(is_whole, sizes))
+    if not whole or not sizes:
       raise InputError(
-        f'stage_sizes={self.stage_sizes}: expected one block or more a stage'
+        f'stage_sizes={shown(sizes)}: expected a whole number of blocks, 1 or '
+        'more, for each stage, as in (3, 4, 6, 3)'
       )
-    for field in ('features', 'stem_features', 'num_classes'):
-      value = getattr(self, field)
-      if value is not None and value < 1:
-        raise InputError(f'{field}={value} must be 1 or more')
+    if not isinstance(self.bottleneck, bool):
+      raise InputError(
+        f'bottleneck={shown(self.bottleneck)}: expected True or False'
+      )
+    check_whole('features', self.features)
+    check_whole('stem_features', self.stem_features)
+    for field in ('num_classes', 'statistics_group'):
+      if (value := getattr(self, field)) is not None:
+        check_whole(field, value)
     if not 0 <= self.dropout < 1:
       raise InputError(
         f'dropout={self.dropout} must be at least 0 and less than 1'
@@ -249,16 +265,21 @@ def WideResNet(
   48
 
   Raises:
-    InputError: a depth that is not 6n + 4, or a width below 1.
+    InputError: a depth that is not 6n + 4, or a width that is no whole number
+      of 1 or more.
   """
+  if not isinstance(depth, numbers.Integral):
+    raise InputError(
+      f'depth={shown(depth)} of a Wide-ResNet must be a whole number 6n+4, as '
+      '16, 28 or 40'
+    )
   if depth < 10 or depth % 6 != 4:
     below = max(10, (depth - 4) // 6 * 6 + 4)
     near = f'{below}' if below >= depth else f'{below} or {below + 6}'
     raise InputError(
       f'depth={depth} of a Wide-ResNet must be 6n+4; nearest: {near}'
     )
-  if width < 1:
-    raise InputError(f'width={width} of a Wide-ResNet must be 1 or more')
+  check_whole('width', width)
   return ResNet(
     stage_sizes=((depth - 4) // 6,) * 3,
     num_classes=num_classes,
@@ -269,13 +290,27 @@ def WideResNet(
   )
 
 
+def _of_table(
+  stage_sizes: tuple[int, ...],
+  bottleneck: bool,
+  num_classes: int | None = 1000,
+  **fields,
+) -> ResNet:
+  """A `ResNet` of fixed size, whose one positional argument is `num_classes`.
+
+  >>> ResNet18(10) == ResNet18(num_classes=10)
+  True
+  """
+  return ResNet(stage_sizes, bottleneck, num_classes, **fields)
+
+
 # He et al. 2016, table 1; ResNet-200 as in the pre-activation paper.
-ResNet18 = functools.partial(ResNet, (2, 2, 2, 2))
-ResNet34 = functools.partial(ResNet, (3, 4, 6, 3))
-ResNet50 = functools.partial(ResNet, (3, 4, 6, 3), True)
-ResNet101 = functools.partial(ResNet, (3, 4, 23, 3), True)
-ResNet152 = functools.partial(ResNet, (3, 8, 36, 3), True)
-ResNet200 = functools.partial(ResNet, (3, 24, 36, 3), True)
+ResNet18 = functools.partial(_of_table, (2, 2, 2, 2), False)
+ResNet34 = functools.partial(_of_table, (3, 4, 6, 3), False)
+ResNet50 = functools.partial(_of_table, (3, 4, 6, 3), True)
+ResNet101 = functools.partial(_of_table, (3, 4, 23, 3), True)
+ResNet152 = functools.partial(_of_table, (3, 8, 36, 3), True)
+ResNet200 = functools.partial(_of_table, (3, 24, 36, 3), True)
 
 RESNETS = {
   18: ResNet18,

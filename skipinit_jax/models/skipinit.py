@@ -5,6 +5,7 @@ import jax
 from flax.typing import Dtype
 
 from skipinit_jax.errors import InputError
+from skipinit_jax.models.checks import check_branch, check_scalar
 
 
 class SkipInit(nn.Module):
@@ -30,7 +31,13 @@ class SkipInit(nn.Module):
 
   @nn.compact
   def __call__(self, branch: jax.Array) -> jax.Array:
-    """Returns alpha * branch, with the shape and dtype of `branch`."""
+    """Returns alpha * branch, with the shape and dtype of `branch`.
+
+    Raises:
+      InputError: a branch of integers, or an `init_value` that is no number.
+    """
+    check_branch(branch)
+    check_scalar('init_value', self.init_value)
     init = nn.initializers.constant(self.init_value)
     alpha = self.param('alpha', init, (), self.param_dtype)
     return alpha.astype(branch.dtype) * branch
@@ -51,6 +58,7 @@ class _Folded(nn.Module):
   def param(self, name, *args, **kwargs):
     value = super().param(name, *args, **kwargs)
     if name == 'kernel':  # Flax's layers ask for the kernel first.
+      check_scalar('init_value', self.init_value)
       init = nn.initializers.constant(self.init_value)
       alpha = super().param('alpha', init, (), self.param_dtype)
     else:

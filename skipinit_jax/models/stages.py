@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from skipinit_jax.errors import InputError
+
 STACKED = 'blocks'
 # Along which a scan stacks the leaves of its blocks.
 AXES = {'params': 0, 'batch_stats': 0, 'intermediates': 0}
@@ -49,6 +51,7 @@ class Stage(nn.Module):
       return block(x, train=train)
 
     scanned = self.scan and self.size > 1
+    self._check_form(scanned)
     again = functools.partial(nn.remat, prevent_cse=not scanned)
     each = again(run) if self.remat else run
     x = each(self.block(strides=self.strides, name='block1'), x)
@@ -75,6 +78,16 @@ class Stage(nn.Module):
       mutable=True,
     )
     return cut(blocks, x)
+
+  def _check_form(self, scanned: bool) -> None:
+    other = 'block2' if scanned else STACKED
+    if self.size > 1 and self.has_variable('params', other):
+      turn = 'stack_blocks' if scanned else 'unstack_blocks'
+      raise InputError(
+        f"{'/'.join(self.path) or 'a stage'} has parameters '{other}', those "
+        f'of scan={not scanned}: expected a network with scan={not scanned}, '
+        f'or skipinit_jax.models.{turn}(variables)'
+      )
 
 
 def _repeat(run: Callable, length: int) -> Callable:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from skipinit_jax.errors import InputError
+from skipinit_jax.models.checks import kind
 from skipinit_jax.models.dense import DenseResNet
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import (
@@ -47,6 +48,9 @@ def stage_outputs(
     'stem', 'stage1', ... -> (batch, height, width, channels) of the model's
     compute dtype; of a `DenseResNet`, (batch, width).
 
+  Raises:
+    InputError: a module that is neither.
+
   >>> from skipinit_jax.models import WideResNet
   >>> model, images = WideResNet(10, 1), jnp.ones((2, 8, 8, 1))
   >>> variables = model.init(jax.random.key(0), images, train=False)
@@ -54,6 +58,12 @@ def stage_outputs(
   >>> [(name, x.shape) for name, x in outputs.items()][-1]
   ('stage3', (2, 2, 2, 64))
   """
+
+  if not isinstance(model, ResNet | DenseResNet):
+    raise InputError(
+      f'stage_outputs takes a ResNet or DenseResNet, got {kind(model)}; for '
+      "other modules there is Flax's capture_intermediates"
+    )
 
   def wanted(module: nn.Module, method: str) -> bool:
     stem = module.path == ('stem',)
