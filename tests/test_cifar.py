@@ -1,14 +1,15 @@
 """CIFAR as tfds writes it: decoded once, resident, trained."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from image_sets import encode, write_tfds
 from runs import metric_lines, run
 
-from skipinit_jax.data import open_dataset
-from skipinit_jax.errors import InputError
+from skipinit_jax.data import open_dataset, reading
+from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import default_config
 
 
@@ -57,6 +58,75 @@ def test_images_come_out_as_they_went_in_and_are_kept(cifar):
         np.testing.assert_array_equal(ours, theirs)
   kept = sorted(p.name for p in (folder / 'cifar10/3.0.2').glob('decoded-*'))
   assert kept == ['decoded-test-30.npz', 'decoded-train-64.npz']
+
+
+def flip(path):
+  """One bit of a pixel."""
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def repack(path, **changes):
+  """Another whole file, with some of its arrays changed or left out."""
+  with np.load(path) as arrays:
+    fields = {**arrays, **changes}
+  np.savez(path, **{k: v for k, v in fields.items() if v is not None})
+
+
+HARM = {
+  'flipped': flip,
+  'cut': lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+  'empty': lambda path: path.write_bytes(b''),
+  'text': lambda path: path.write_text('x' * 10000),
+  'other pixels': lambda path: repack(
+    path, images=np.zeros((64, 32, 32, 3), np.uint8)
+  ),
+  'other labels': lambda path: repack(path, labels=np.zeros(64, np.int64)),
+  'no digest': lambda path: repack(path, digest=None),
+}
+
+
+@pytest.mark.parametrize('harm', HARM)
+def test_a_damaged_file_of_pixels_is_set_aside_and_made_again(
+  cifar, harm, capsys
+):
+  folder, _ = cifar
+  whole = open_dataset(config_of(folder))
+  path = folder / 'cifar10/3.0.2/decoded-train-64.npz'
+  HARM[harm](path)
+  damaged = path.read_bytes()
+  capsys.readouterr()
+  for lines in (1, 0):  # Found once, and whole again after.
+    data = open_dataset(config_of(folder))
+    np.testing.assert_array_equal(data.images, whole.images)
+    np.testing.assert_array_equal(data.labels, whole.labels)
+    said = [
+      line
+      for line in capsys.readouterr().err.splitlines()
+      if 'decoded-train-64.npz is damaged' in line
+    ]
+    assert len(said) == lines
+  aside = path.with_name(f'damaged-{path.name}')
+  assert aside.read_bytes() == damaged
+  aside.unlink()
+
+
+def test_a_disk_that_fails_is_no_damage(cifar, monkeypatch):
+  folder, _ = cifar
+  open_dataset(config_of(folder))
+  monkeypatch.setattr(reading, 'PAUSES', ())
+
+  def fail(path):
+    raise OSError(5, 'Input/output error', str(path))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, 'read_bytes', fail)
+    with pytest.raises(RunError, match=r'npz: Input/output error'):
+      open_dataset(config_of(folder))
+  here = {path.name for path in (folder / 'cifar10/3.0.2').iterdir()}
+  assert 'decoded-train-64.npz' in here
+  assert not [name for name in here if name.startswith('damaged-')]
 
 
 def test_a_set_that_is_not_there_names_the_command(tmp_path):

@@ -12,13 +12,9 @@ from tqdm import tqdm
 
 from skipinit_jax.data import imagenet
 from skipinit_jax.data.decode import DecodeError, decode
-from skipinit_jax.data.records import (
-  Record,
-  Unreadable,
-  check_label,
-  open_source,
-)
-from skipinit_jax.errors import InputError
+from skipinit_jax.data.reading import Unreadable, again
+from skipinit_jax.data.records import Record, check_label, open_source
+from skipinit_jax.errors import InputError, RunError
 
 CHUNK = 256  # Records that a process checks at a time.
 
@@ -103,6 +99,7 @@ class Split:
     self.args = name, folder, split
     self.split, self.classes = split, source.classes
     self.records = source.open(split)
+    self.pauses: tuple | None = None
     # tfds' imagenet2012 may hold the test images, which have no labels.
     self.labelled = not (name == imagenet.NAME and split == 'test')
     self.label_of = imagenet.label_of if name == imagenet.NAME else None
@@ -113,12 +110,13 @@ class Split:
     for index in range(first, min(first + CHUNK, len(self.records))):
       found.records += 1
       try:
-        record = self.records[index]
+        record = again(lambda index=index: self.records[index], self.pauses)
       except Unreadable as error:
         found.broken.append((error.name, error.reason))
         continue
-      except OSError as error:
+      except RunError as error:
         found.broken.append((f'{self.split}[{index}]', str(error)))
+        self.pauses = ()  # Listing what a dead disk held must come to an end.
         continue
       found.labels.add(record.label)
       reasons = self._wrong_label(record) if self.labelled else []

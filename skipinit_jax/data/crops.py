@@ -89,18 +89,15 @@ class CentralCrop:
     return _central(height, width, side, side)
 
 
-def read(data: bytes, crop: Crop, out: np.ndarray) -> str | None:
+def read(data: bytes, crop: Crop, out: np.ndarray) -> None:
   """Decodes an image and writes its crop to `out`, uint8 (size, size, 3).
-
-  Returns:
-    Why the strict JPEG decoder refused, or None where it did not.
 
   Raises:
     DecodeError: see `decode`.
   """
   shape = jpeg_size(data)
   box = crop.box(*shape) if shape else None
-  pixels, fallback = decode(data, _shrink(box, crop.size) if box else 1)
+  pixels = decode(data, _shrink(box, crop.size) if box else 1).pixels
   if box is None:
     box = crop.box(*pixels.shape[:2])
   elif shape != pixels.shape[:2]:
@@ -114,7 +111,6 @@ def read(data: bytes, crop: Crop, out: np.ndarray) -> str | None:
   cv2 = _cv2()
   size = crop.size, crop.size
   cv2.resize(part, size, out, interpolation=cv2.INTER_LINEAR)
-  return fallback
 
 
 def mirror(image: np.ndarray) -> None:

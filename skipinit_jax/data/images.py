@@ -12,19 +12,20 @@ from ml_collections import ConfigDict
 from skipinit_jax.data.crops import CentralCrop, Crop, RandomCrop, mirror, read
 from skipinit_jax.data.decode import DecodeError
 from skipinit_jax.data.extras import require
+from skipinit_jax.data.reading import Unreadable, again
 from skipinit_jax.data.records import (
   Records,
   Source,
-  Unreadable,
   check_label,
   hold_out,
   open_source,
   spread,
 )
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, RunError
 
 NEIGHBOURS = 100  # So many records are tried in place of a broken one.
 SAMPLED = 64  # Records that are read when a data set is opened.
+LISTED = 3  # Broken images that an error names; all are named as they occur.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +90,9 @@ class Images:
     process come first in the global batch, and so on.
 
     A broken record is replaced by the next one that is whole, whose label it
-    gets; more than `bad_share` of them raise InputError. Close the iterator to
-    stop its workers.
+    gets; more than `bad_share` of them in this process raise InputError. A read
+    that fails for a reason of the system is tried again, then raises RunError;
+    see `reading`. Close the iterator to stop its workers.
 
     Args:
       batch_size: over all processes.
@@ -101,8 +103,7 @@ class Images:
 
     Yields:
       image: uint8 (rows, size, size, 3); label: int32 (rows,); broken: a list
-      of (name, reason) of the records that were replaced; fallback: likewise of
-      those that the strict JPEG decoder refused and another took.
+      of (name, reason) of the records that were replaced.
     """
     rows = _rows(batch_size, process_count)
     dataset = (
@@ -140,8 +141,7 @@ class Images:
       batch_size, process_index, process_count, workers: as in `train_batches`.
 
     Yields:
-      image, label, broken and fallback as in `train_batches`; mask: bool
-      (rows,).
+      image, label and broken as in `train_batches`; mask: bool (rows,).
     """
     rows = _rows(batch_size, process_count)
     padded = -(-self.eval_size // batch_size) * batch_size
@@ -164,10 +164,10 @@ class Images:
       for batch in batches:
         broken.update(batch['broken'])
         if len(broken) > self.bad_share * size:
-          listed = '; '.join(f'{name}: {why}' for name, why in broken.items())
+          listed = '; '.join(map(_flaw, list(broken.items())[:LISTED]))
           raise InputError(
             f'{len(broken)} of the {size} images of {self.name} ({split}) are '
-            f'broken, more than data.bad_share={self.bad_share}: {listed}'
+            f'broken, more than data.bad_share={self.bad_share}; {listed}'
           )
         yield batch
     finally:
@@ -190,26 +190,21 @@ class _Batch:
     self.image = np.zeros((rows, size, size, 3), np.uint8)
     self.label = np.zeros(rows, np.int32)
     self.broken: list[tuple[str, str]] = []
-    self.fallback: list[tuple[str, str]] = []
 
   def load(
     self, row: int, records: Records, index: int, crop: Crop, num_classes: int
-  ) -> bool:
-    """Fills a row; False, and a note, where the record is broken."""
+  ) -> tuple[str, str] | None:
+    """Fills a row, or returns the name of a broken record and the reason."""
     try:
-      record = records[index]
+      record = again(lambda: records[index])
       check_label(record, num_classes)
-      fallback = read(record.data, crop, self.image[row])
+      read(record.data, crop, self.image[row])
     except Unreadable as error:
-      self.broken.append((error.name, error.reason))
-      return False
+      return error.name, error.reason
     except DecodeError as error:
-      self.broken.append((record.name, str(error)))
-      return False
-    if fallback:
-      self.fallback.append((record.name, fallback))
+      return record.name, str(error)
     self.label[row] = record.label
-    return True
+    return None
 
 
 class _TrainLoader:
@@ -237,11 +232,13 @@ class _TrainLoader:
     size = len(self.records)
     for step in range(min(NEIGHBOURS, size)):
       index = (position + step) % size
-      if batch.load(row, self.records, index, crop, self.num_classes):
+      flaw = batch.load(row, self.records, index, crop, self.num_classes)
+      if flaw is None:
         return
-    name, reason = batch.broken[-1]
+      if step == 0:  # The others are counted when it is their turn.
+        batch.broken.append(flaw)
     raise InputError(
-      f'{step + 1} images in a row are broken; the last: {name}: {reason}'
+      f'{step + 1} images in a row are broken; the last: {_flaw(flaw)}'
     )
 
 
@@ -256,11 +253,20 @@ class _EvalLoader:
     batch = _Batch(len(positions), self.crop.size)
     mask = np.array(positions) < len(self.records)
     for row, index in enumerate(positions):
-      if mask[row] and not batch.load(
-        row, self.records, index, self.crop, self.num_classes
+      if mask[row] and (
+        flaw := batch.load(
+          row, self.records, index, self.crop, self.num_classes
+        )
       ):
+        batch.broken.append(flaw)
         batch.label[row] = -1
     return vars(batch) | {'mask': mask}
+
+
+def _flaw(flaw: tuple[str, str]) -> str:
+  """A broken image in an error's line, of which it may have 65 characters."""
+  name, reason = flaw
+  return f'{name[-35:]}: {reason[:28]}'
 
 
 def _rows(batch_size: int, process_count: int) -> int:
@@ -292,6 +298,13 @@ def _iterate(dataset, workers: int) -> Iterator[dict[str, Any]]:
   iterator = iter(dataset)
   try:
     yield from iterator
+  except (InputError, RunError):
+    raise
+  except Exception as error:  # Whatever a worker met, or its own death.
+    reason = (str(error).splitlines() or [''])[0]
+    raise RunError(
+      f'images can not be read: {type(error).__name__}: {reason[:200]}'
+    ) from error
   finally:
     iterator.close()
 
@@ -312,6 +325,7 @@ def open_images(config: ConfigDict) -> Images:
 
   Raises:
     InputError: it can't be used; one line.
+    RunError: it can't be read for a reason of the system; one line.
   """
   for name in ('grain', 'simplejpeg', 'cv2', 'PIL.Image'):
     require(name)
@@ -348,7 +362,8 @@ def _open(source: Source, split: str, size: int) -> Records:
     )
   for index in spread(len(records), SAMPLED):
     try:
-      check_label(records[index], len(source.classes))
+      record = again(lambda index=index: records[index])
+      check_label(record, len(source.classes))
     except Unreadable:
       continue  # Training counts and names it.
   return records

@@ -1,5 +1,7 @@
 """Where ImageNet-like images come from: a tfds folder, or class folders."""
 
+import copy
+import errno
 import json
 import os
 import re
@@ -10,9 +12,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from skipinit_jax.data.extras import require
-from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.data.reading import Unreadable, again, read_image
+from skipinit_jax.errors import InputError, RunError, unknown
 
 SUFFIXES = ('.jpeg', '.jpg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff')
+# How array_record tells that a call of the system failed, not a checksum.
+_FAILED = re.compile(
+  r'^(\w+\(\) failed: [^;]+)(?:; (?:reading|opening) ([^;]+))?'
+)
 # What the evaluation split is called where the recipe does not say.
 EVAL_SPLITS = ('validation', 'val', 'test')
 
@@ -26,19 +33,15 @@ class Record(NamedTuple):
 
 
 class Records(Protocol):
-  """One split; random access (Grain's protocol), picklable."""
+  """One split; random access (Grain's protocol), picklable.
+
+  Reading one raises Unreadable where the record itself is at fault, and OSError
+  where the system is.
+  """
 
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Record: ...
-
-
-class Unreadable(ValueError):
-  """A record that the file format refuses, with its name and the reason."""
-
-  def __init__(self, name: str, reason: str):
-    super().__init__(name, reason)
-    self.name, self.reason = name, reason
 
 
 class TfdsRecords:
@@ -58,7 +61,7 @@ class TfdsRecords:
     proto = require('tensorflow_datasets.proto').tf_example_pb2
     name = f'{self.split}[{index}]'
     try:
-      example = proto.Example.FromString(self.source[index])
+      example = proto.Example.FromString(self._read(index))
       feature = example.features.feature
       data = feature['image'].bytes_list.value[0]
       label = feature['label'].int64_list.value[0]
@@ -70,6 +73,16 @@ class TfdsRecords:
     if own := feature['file_name'].bytes_list.value:
       name = f'{own[0].decode()} ({name})'
     return Record(name, data, label)
+
+  def _read(self, index: int) -> bytes:
+    try:
+      return self.source[index]
+    except RuntimeError as error:
+      if not (failed := _FAILED.match(str(error))):
+        raise
+      # A reader that has failed never recovers; a copy opens its files anew.
+      self.source.data_source = copy.copy(self.source.data_source)
+      raise OSError(errno.EIO, *failed.groups()) from None
 
 
 class FolderRecords:
@@ -92,7 +105,7 @@ class FolderRecords:
   def __getitem__(self, index: int) -> Record:
     label = int(self.labels[index])
     name = f'{self.classes[label]}/{os.fsdecode(self.files[index])}'
-    return Record(name, (self.folder / name).read_bytes(), label)
+    return Record(name, read_image(str(self.folder / name), name), label)
 
 
 class Subset:
@@ -245,11 +258,15 @@ def _check_files(split) -> None:
   for path, count in zip(split.filepaths, split.shard_lengths, strict=True):
     if not os.path.exists(path):
       raise InputError(f'{path} is missing; prepare the data set again')
+    # The reader takes a file that it can't open for one without records.
+    again(lambda path=path: Path(path).open('rb').close())
     try:
       file = reader(os.fspath(path))
       found = file.num_records()
       file.close()
     except (RuntimeError, ValueError) as error:
+      if failed := _FAILED.match(str(error)):
+        raise RunError(f'{path}: {failed[1]}') from None
       raise InputError(
         f'{path} is damaged, prepare the data set again: {error}'
       ) from None

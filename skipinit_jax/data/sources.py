@@ -1,7 +1,12 @@
 """The data sets that fit on a device: where their images come from."""
 
+import contextlib
+import hashlib
+import io
 import math
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -9,6 +14,7 @@ from tqdm import tqdm
 
 from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.data.decode import DecodeError, decode
+from skipinit_jax.data.reading import Unreadable, again
 from skipinit_jax.data.records import (
   Source,
   check_label,
@@ -40,7 +46,8 @@ def digits(config: ConfigDict) -> Resident:
 def cifar(config: ConfigDict) -> Resident:
   """cifar10 or cifar100, prepared by tfds in the folder `data.dir`.
 
-  The PNGs are decoded once, to a file beside them that later runs read.
+  The PNGs are decoded once, to a file beside them that later runs read and
+  compare with its digest.
   """
   source = open_source(config.name, config.dir)
   train, evaluation = (
@@ -56,28 +63,61 @@ def _decoded(
   records = source.open(split)
   folder = find_prepared(config.name, local_path(config.dir))
   cache = folder / f'decoded-{split}-{len(records)}.npz'
-  if cache.exists():
-    with np.load(cache) as arrays:
-      return arrays['images'], arrays['labels']
+  if cache.exists() and (arrays := _kept(cache)):
+    return arrays
   images, labels = [], []
   for i in tqdm(range(len(records)), f'{config.name} {split}', disable=None):
-    record = records[i]
-    check_label(record, len(source.classes))
     try:
+      record = again(lambda i=i: records[i])
       images.append(decode(record.data).pixels.copy())
+    except Unreadable as error:
+      raise InputError(
+        f'{error.name} can not be read: {error.reason}'
+      ) from None
     except DecodeError as error:
       raise InputError(f'{record.name} can not be decoded: {error}') from None
+    check_label(record, len(source.classes))
     labels.append(record.label)
   if len({image.shape for image in images}) > 1:
     raise InputError(f'the images of {config.name} are not all of one size')
   arrays = np.stack(images), np.array(labels)
   temporary = cache.with_name(f'incomplete-{os.getpid()}-{cache.name}')
   try:
-    np.savez(temporary, images=arrays[0], labels=arrays[1])
+    np.savez(
+      temporary, images=arrays[0], labels=arrays[1], digest=_digest(*arrays)
+    )
     os.replace(temporary, cache)
   except OSError:  # A folder that we may only read: decoded every time.
     temporary.unlink(missing_ok=True)
   return arrays
+
+
+def _kept(cache: Path) -> tuple[np.ndarray, np.ndarray] | None:
+  """Decoded images and labels; None, and the file set aside, if damaged."""
+  data = again(cache.read_bytes)
+  try:
+    with np.load(io.BytesIO(data)) as arrays:
+      images, labels = arrays['images'], arrays['labels']
+      if arrays['digest'].item() == _digest(images, labels):
+        return images, labels
+    reason = 'not what its digest says'
+  except Exception as error:
+    # numpy and zipfile raise whatever they meet in a damaged file.
+    reason = f'{type(error).__name__}: {error}'
+  print(f'{cache} is damaged ({reason}); decoding again', file=sys.stderr)
+  # Another process may have done so, or we may only read the folder.
+  with contextlib.suppress(OSError):
+    os.replace(cache, cache.with_name(f'damaged-{cache.name}'))
+  return None
+
+
+def _digest(images: np.ndarray, labels: np.ndarray) -> str:
+  """SHA-256 of the arrays with their shapes and dtypes."""
+  digest = hashlib.sha256()
+  for array in (images, labels):
+    digest.update(f'{array.dtype}{array.shape}'.encode())
+    digest.update(np.ascontiguousarray(array))
+  return digest.hexdigest()
 
 
 def synthetic(config: ConfigDict) -> Resident:

@@ -1,8 +1,9 @@
 """Image files on their way to the device: batches for the training step."""
 
-import collections
 import contextlib
 import dataclasses
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -68,7 +69,7 @@ class Stream:
   def inputs(
     self, place: Callable[[Any], Any], config: ConfigDict, start_step: int
   ) -> Iterator[tuple[tuple[jax.Array, jax.Array], list[str]]]:
-    """What each step takes, put on the devices one step ahead.
+    """What each step takes, put on the devices.
 
     Args:
       place: cuts a batch over the devices of this process; returns at once.
@@ -78,6 +79,9 @@ class Stream:
     Yields:
       (images uint8, labels int32), and a line on each image that could not be
       read and was replaced; without end. Close it to stop the workers.
+
+    Raises:
+      InputError, RunError: see `Images.train_batches`.
     """
     batches = self.images.train_batches(
       config.batch_size,
@@ -86,13 +90,10 @@ class Stream:
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    ahead = collections.deque()
     with contextlib.closing(batches):
       for batch in batches:
         broken = [f'{name}: {reason}' for name, reason in batch['broken']]
-        ahead.append((place((batch['image'], batch['label'])), broken))
-        if len(ahead) > 1:
-          yield ahead.popleft()
+        yield place((batch['image'], batch['label'])), broken
 
   def choose(
     self,
@@ -111,12 +112,20 @@ class Stream:
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Every evaluation image once; see `Resident.eval_batches`.
 
-    An image that can't be read has label -1, so that it counts as wrong.
+    An image that can't be read has label -1, so that it counts as wrong; it is
+    named on standard error, once.
     """
     for batch in self.images.eval_batches(
       batch_size, process_index=process_index, process_count=process_count
     ):
+      for name, reason in batch['broken']:
+        _say_once(f'could not be read, counted as wrong: {name}: {reason}')
       yield batch['image'], batch['label'], batch['mask']
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+  print(line, file=sys.stderr)
 
 
 def stream(config: ConfigDict) -> Stream:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.models.parameters import alphas, block_names
-from skipinit_jax.training import devices, startup
+from skipinit_jax.training import devices, processes, startup
 from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
 from skipinit_jax.training.config import check_config
 from skipinit_jax.training.evaluate import evaluate
+from skipinit_jax.training.feed import Feed
 from skipinit_jax.training.lock import hold_for_all
 from skipinit_jax.training.metrics import Reporter, read_evals
 from skipinit_jax.training.profile import Profiler
@@ -43,8 +44,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   Raises:
     InputError: a recipe that can't run, or a workdir of another run, or one
       whose run is going on; one line, before anything is compiled or written.
+      In mid-run, too many images that can't be read; all steps made are saved.
     RunError: the run can't go on, for a reason outside it; what was saved stays
-      good.
+      good. Images that can't be read for a reason of the system: all steps made
+      are saved.
     Stopped: asked to stop by SIGTERM or SIGINT; all steps made are saved.
   """
   began = time.perf_counter()
@@ -87,13 +90,15 @@ def _make_steps(
     StopRequest(startup.say) as request,
     Watchdog(config.stuck_after_seconds) as watchdog,
     Checkpoints(workdir, config, startup.say) as checkpoints,
+    contextlib.ExitStack() as at_end,
     contextlib.ExitStack() as open_inputs,
   ):
 
-    def feed(step: int) -> Iterator:
+    def feed(step: int) -> Feed:
       open_inputs.close()  # Those from before going back.
       inputs = data.inputs(place, config, step)
-      return open_inputs.enter_context(contextlib.closing(inputs))
+      open_inputs.enter_context(contextlib.closing(inputs))
+      return Feed(inputs, times.total - step)
 
     def asked() -> bool:
       watchdog.beat()
@@ -108,7 +113,9 @@ def _make_steps(
         'alpha': [*alphas(state.params)],
         **dict.fromkeys(('branch_share', 'block_grad_norm'), blocks),
       },
+      config.data.bad_share,
     )
+    at_end.callback(reporter.close)
     reporter.say(
       startup.describe(config, program.model, data, state, times, workdir)
     )
@@ -118,12 +125,15 @@ def _make_steps(
     # Step of the last evaluation.
     seen = max((e['step'] for e in read_evals(workdir, step)), default=0)
 
-    stopped = False
+    stopped, trouble = False, None
     while not (reporter.diverged or stopped):
       # First what is due: a run that was stopped here begins with it.
       results = {}
       if times.evaluates(step) and step > seen:
-        results = evaluate(program, state, config, data, asked)
+        try:
+          results = evaluate(program, state, config, data, asked)
+        except (InputError, RunError) as error:  # The same in all processes.
+          results, trouble = None, error
         if results is None:
           stopped = True
           break
@@ -140,7 +150,9 @@ def _make_steps(
       with reporter.waiting():
         batch, unreadable = next(inputs)
       count = times.count(step)
-      host = devices.tell(asked(), reporter.unreadable(unreadable))
+      host = devices.tell(
+        asked() or inputs.trouble is not None, reporter.unreadable(unreadable)
+      )
       if step == 0 and times.watches(0):
         reporter.watch(0, program.watch_step(state, batch, host))
       state, metrics = program.train_step(state, batch, host, count)
@@ -167,6 +179,9 @@ def _make_steps(
         reporter.sync()
         checkpoints.save(step, state)
         checkpoints.wait()
+      trouble = trouble or reporter.trouble or processes.agree(inputs.trouble)
+      if trouble:
+        raise type(trouble)(f'{trouble}; step {int(state.step):,} is saved')
       raise Stopped(request.requested, int(state.step))
     if reporter.diverged:
       step = int(state.step)  # That of the last finite parameters.

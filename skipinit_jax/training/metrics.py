@@ -12,7 +12,8 @@ import tensorboardX
 import tqdm
 from etils import epath
 
-from skipinit_jax.errors import RunError
+from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.training import processes
 from skipinit_jax.training.lines import Lines
 from skipinit_jax.training.timetable import Timetable
 
@@ -33,10 +34,12 @@ class Reporter:
     times: when a line is due.
     batch_size: for images a second.
     names: of the values of each metric of WATCHED.
+    bad_share: of an epoch's images that may be unreadable.
 
   Attributes:
     diverged: whether metrics that are not finite were read.
-    stop: whether any process was asked to stop.
+    stop: whether any process was asked to stop, or `trouble` is not None.
+    trouble: an InputError where more than `bad_share` are unreadable.
     replaced: images that could not be read, since the start of training.
     last: the last finite training metrics and their step.
   """
@@ -48,6 +51,7 @@ class Reporter:
     times: Timetable,
     batch_size: int,
     names: Mapping[str, Sequence[str]],
+    bad_share: float,
   ):
     self._workdir = workdir
     self._lines = Lines(workdir)
@@ -55,6 +59,8 @@ class Reporter:
     self._times = times
     self._batch_size = batch_size
     self._names = names
+    self._train_size = round(times.per_epoch * batch_size)
+    self._bad_share = bad_share
     self._board = None
     self._compiled = False
     self._eval = ''
@@ -74,14 +80,25 @@ class Reporter:
     self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
     self.diverged = self.stop = False
     self.last: dict[str, float] = {}
-    self.replaced = 0
+    self.trouble: InputError | None = None
+    self.replaced, in_epoch = 0, 0
+    self._epoch = start * self._batch_size // self._train_size
     if self._writes:
       self._lines.take_up(start)
-      self.replaced = sum(x.get('replaced', 0) for x in self._lines.read())
-      if '://' not in str(self._workdir):  # tensorboardX needs a folder.
-        self._board = tensorboardX.SummaryWriter(
-          str(self._workdir / 'tensorboard'), purge_step=start
-        )
+      lines = [line for line in self._lines.read() if 'replaced' in line]
+      self.replaced = sum(line['replaced'] for line in lines)
+      in_epoch = sum(
+        line['replaced']
+        for line in lines
+        if self._epoch_of(line['step']) == self._epoch
+      )
+    # All processes count alike, so that all stop after the same step.
+    self._in_epoch = processes.from_first(in_epoch)
+    # tensorboardX needs a folder.
+    if self._writes and '://' not in str(self._workdir):
+      self._board = tensorboardX.SummaryWriter(
+        str(self._workdir / 'tensorboard'), purge_step=start
+      )
     self._bar.n = self._bar.initial = start
     self.restart_clock(start)
 
@@ -127,10 +144,10 @@ class Reporter:
     watched = {k: arrays.pop(k) for k in WATCHED if k in arrays}
     values = {k: v.item() for k, v in arrays.items()}
     self.diverged = not values.pop('finite')
-    self.stop = values.pop('stop') > 0
+    self.stop = values.pop('stop') > 0 or self.trouble is not None
     if replaced := values.pop('replaced'):
-      self.replaced += replaced
       self._write(step, {'replaced': replaced})
+      self._count(step, replaced)
     if not values['skipped']:
       del values['skipped']
     if not self.diverged:
@@ -149,6 +166,29 @@ class Reporter:
       self._bar.set_postfix_str(
         f'{rate:,.0f} images/s, loss {values["loss"]:.4f}, '
         f'top-1 {values["top1"]:.3f}{self._eval}'
+      )
+
+  def _epoch_of(self, step: int) -> int | None:
+    """Number of the epoch of a step's images, None if they are of two."""
+    first, after = (n * self._batch_size for n in (step - 1, step))
+    epoch = first // self._train_size
+    return epoch if epoch == (after - 1) // self._train_size else None
+
+  def _count(self, step: int, replaced: int) -> None:
+    """Stops the run where more of an epoch is unreadable than may be."""
+    self.replaced += replaced
+    epoch = self._epoch_of(step)
+    if epoch is None:  # Or an image might be counted twice.
+      return
+    if epoch != self._epoch:
+      self._epoch, self._in_epoch = epoch, 0
+    self._in_epoch += replaced
+    if self._in_epoch > self._bad_share * self._train_size:
+      self.stop = True
+      self.trouble = InputError(
+        f"{self._in_epoch} of an epoch's {self._train_size} images could not "
+        f'be read, more than data.bad_share={self._bad_share}; they are named '
+        'above; python -m skipinit_jax.data check lists all'
       )
 
   def watch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:

@@ -1,9 +1,10 @@
 """Several processes on several hosts, through `jax.distributed`."""
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, RunError
 
 # Exit status: another process was lost, and a collective failed of it. Where
 # the collective hangs instead, JAX's heartbeat aborts this process: status 134.
@@ -70,6 +71,28 @@ def from_first(value: int) -> int:
   if not several():
     return value
   return int(multihost_utils.broadcast_one_to_all(value))
+
+
+def agree(trouble: Exception | None) -> Exception | None:
+  """The trouble of the first process that has any, in all of them.
+
+  Args:
+    trouble: an InputError or RunError of this process, or None.
+  """
+  if not several():
+    return trouble
+  kinds = {b'i': InputError, b'r': RunError}
+  text = b''
+  if trouble is not None:
+    kind = b'i' if isinstance(trouble, InputError) else b'r'
+    text = kind + str(trouble).encode()[:1000]
+  # Of one length in all processes.
+  ours = np.frombuffer(text.ljust(1001, b'\0'), np.uint8)
+  for process, theirs in enumerate(multihost_utils.process_allgather(ours)):
+    if text := theirs.tobytes().rstrip(b'\0'):
+      line = text[1:].decode(errors='replace')
+      return kinds[text[:1]](f'process {process}: {line}')
+  return None
 
 
 def shut_down() -> None:

@@ -24,7 +24,7 @@ from skipinit_jax.models.stages import unstack_blocks
 from skipinit_jax.training.checkpoints import Checkpoints
 from skipinit_jax.training.config import build_method, loops, peak_rate
 from skipinit_jax.training.devices import replicate, shard, tell
-from skipinit_jax.training.evaluate import eval_batch_size
+from skipinit_jax.training.evaluate import blank
 from skipinit_jax.training.lines import dumps, write_json
 from skipinit_jax.training.program import Program
 from skipinit_jax.training.step import TrainState, create_state
@@ -43,7 +43,7 @@ FREE = (
   *('eval_batch_size', 'checkpoint_every_steps', 'keep_checkpoints'),
   *('compilation_cache', 'allow_cpu', 'diverged_status', 'fall_back'),
   *('stuck_after_seconds', 'accept_changes', 'data.dir', 'data.workers'),
-  *('profile_at', 'profile_steps'),
+  *('data.bad_share', 'profile_at', 'profile_steps'),
 )
 
 
@@ -220,12 +220,8 @@ def warm_up(
   program: Program, state: TrainState, config: ConfigDict, data: Any
 ) -> None:
   """Compiles the evaluation while a signal to stop finds nothing to save."""
-  rows = eval_batch_size(config) // jax.process_count()
-  images = np.zeros((rows, *data.image_shape), np.uint8)
-  labels, mask = np.zeros(rows, np.int32), np.zeros(rows, bool)
-  sums = program.eval_step(
-    state.params, state.batch_stats, *shard((images, labels, mask)), tell()
-  )
+  batch = shard(blank(config, data))
+  sums = program.eval_step(state.params, state.batch_stats, *batch, tell())
   jax.block_until_ready(sums)
 
 

@@ -1,0 +1,110 @@
+"""Reading from disks: what is no image, and what is the disk's trouble.
+
+Two things keep an image from being read, and they are treated apart:
+
+- The image is at fault: its content can't be decoded, or its name leads to no
+  regular file (a folder, pipe, socket or device; a link that leads nowhere).
+  `Unreadable`: it is named, counted and replaced.
+- The system is at fault: every other OSError, such as EIO, ESTALE, EMFILE,
+  EACCES, or ENOENT of a file that was listed. The read is tried again after a
+  pause, and at last it ends the run: `RunError`.
+"""
+
+import errno
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from skipinit_jax.errors import RunError
+
+T = TypeVar('T')
+
+PAUSES = (0.5, 2.0, 8.0)  # Seconds before a read that failed is tried again.
+
+_KINDS = {
+  stat.S_IFDIR: 'a folder',
+  stat.S_IFIFO: 'a pipe',
+  stat.S_IFSOCK: 'a socket',
+  stat.S_IFCHR: 'a device',
+  stat.S_IFBLK: 'a device',
+}
+_NOWHERE = errno.ENOENT, errno.ELOOP, errno.ENOTDIR
+
+
+class Unreadable(ValueError):
+  """A record that can't be read by its own fault: its name and the reason."""
+
+  def __init__(self, name: str, reason: str):
+    super().__init__(name, reason)
+    self.name, self.reason = name, reason
+
+
+def read_image(path: str, name: str) -> bytes:
+  """The bytes of an image file.
+
+  Args:
+    path: of the file.
+    name: for messages.
+
+  Raises:
+    Unreadable: the path does not lead to a regular file.
+    OSError: it can't be read for a reason of the system.
+  """
+  try:
+    with open(path, 'rb', buffering=0, opener=_open) as file:
+      kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
+      if kind == stat.S_IFREG:
+        return file.readall()
+  except OSError:
+    if not (reason := _irregular(path)):
+      raise
+  else:
+    reason = _KINDS.get(kind, 'special')
+  raise Unreadable(name, f'{reason}, not a file')
+
+
+def _open(path: str, flags: int) -> int:
+  return os.open(path, flags | os.O_NONBLOCK)  # A pipe waits for its writer.
+
+
+def _irregular(path: str) -> str | None:
+  """What a path that can't be opened leads to, None for a regular file."""
+  try:
+    return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+  except OSError as error:
+    nowhere = error.errno in _NOWHERE and os.path.islink(path)
+    return 'a link that leads nowhere' if nowhere else None
+
+
+def again(read: Callable[[], T], pauses: tuple[float, ...] | None = None) -> T:
+  """Calls `read`, and again after each pause while it raises OSError.
+
+  Args:
+    read: without arguments.
+    pauses: in seconds; None: PAUSES.
+
+  Raises:
+    RunError: it still can't be read; one line with the file and the reason.
+  """
+  pauses = PAUSES if pauses is None else pauses
+  for pause in pauses:
+    try:
+      return read()
+    except OSError as error:
+      print(f'{_one_line(error)}; trying again in {pause:g} s', file=sys.stderr)
+      time.sleep(pause)
+  try:
+    return read()
+  except OSError as error:
+    raise RunError(
+      f'{_one_line(error)} (tried {len(pauses) + 1} times)'
+    ) from None
+
+
+def _one_line(error: OSError) -> str:
+  reason = error.strerror or str(error) or type(error).__name__
+  name = f'{error.filename}: ' if error.filename else ''
+  return f'{name[-150:]}{reason[:100]}'
