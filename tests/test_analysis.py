@@ -11,9 +11,10 @@ from skipinit_jax.analysis import along, networks
 from skipinit_jax.analysis.capture import capture
 from skipinit_jax.errors import InputError
 from skipinit_jax.training import train
+from skipinit_jax.training.checkpoints import saved_steps
 from skipinit_jax.training.metrics import read_metrics
 from skipinit_jax.training.recipes import load_recipe, set_fields
-from skipinit_jax.training.saved import load_run, saved_steps
+from skipinit_jax.training.saved import load_run
 
 TINY = {
   **{'model.depth': 10, 'epochs': 1.0, 'eval_every_epochs': 1.0},

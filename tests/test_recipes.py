@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from skipinit_jax import published
 from skipinit_jax.errors import InputError
+from skipinit_jax.training.changes import flatten
 from skipinit_jax.training.config import (
   build_method,
   build_model,
@@ -20,7 +21,6 @@ from skipinit_jax.training.config import (
   default_config,
   recipe_path,
 )
-from skipinit_jax.training.startup import flatten
 
 # Of ml_collections, which loads the recipe.
 pytestmark = pytest.mark.filterwarnings(

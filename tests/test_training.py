@@ -12,7 +12,7 @@ from runs import last_state
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
-from skipinit_jax.training import devices, startup, train
+from skipinit_jax.training import changes, devices, startup, train
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.evaluate import evaluate
 from skipinit_jax.training.lines import dumps
@@ -222,21 +222,22 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(done):
 
 
 def test_changes_can_be_accepted_and_some_fields_are_free(tmp_path):
-  startup.open_workdir(tmp_path / 'run', recipe())
+  startup.open_workdir(tmp_path / 'run', recipe(), 12)
   free = recipe(checkpoint_every_steps=7, eval_batch_size=4, fall_back=False)
-  startup.open_workdir(tmp_path / 'run', free)
+  startup.open_workdir(tmp_path / 'run', free, 12)
   other = recipe(seed=3)
   with pytest.raises(InputError):
-    startup.open_workdir(tmp_path / 'run', other)
+    startup.open_workdir(tmp_path / 'run', other, 12)
   other.accept_changes = True
-  startup.open_workdir(tmp_path / 'run', other)
+  new = startup.open_workdir(tmp_path / 'run', other, 12)
+  startup.record_changes(tmp_path / 'run', other, new, 0)
   written = json.loads((tmp_path / 'run/config.json').read_text())
   assert written['seed'] == 3
 
 
 def test_free_fields_exist():
-  names = startup.flatten(default_config().to_dict()).keys()
-  assert set(startup.FREE) - names == {'data.dir', 'data.workers'}
+  names = changes.flatten(default_config().to_dict()).keys()
+  assert set(changes.FREE) - names == {'data.dir', 'data.workers'}
 
 
 BAD = {

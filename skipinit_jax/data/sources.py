@@ -24,6 +24,7 @@ from skipinit_jax.data.records import (
 )
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.errors import InputError
+from skipinit_jax.files import commit
 
 
 def digits(config: ConfigDict) -> Resident:
@@ -86,7 +87,7 @@ def _decoded(
     np.savez(
       temporary, images=arrays[0], labels=arrays[1], digest=_digest(*arrays)
     )
-    os.replace(temporary, cache)
+    commit(temporary, cache)
   except OSError:  # A folder that we may only read: decoded every time.
     temporary.unlink(missing_ok=True)
   return arrays

@@ -11,9 +11,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from skipinit_jax.experiments.studies import VARIANTS, Grid
+from skipinit_jax.training.changes import FREE, flatten
 from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.recipes import load_recipe, set_fields
-from skipinit_jax.training.startup import FREE, flatten
 
 VALIDATION, TEST = 'validation', 'test'
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from skipinit_jax.errors import RunError
 from skipinit_jax.experiments.figures import Curve, cell_name, power
 from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell, Run, cells
 from skipinit_jax.experiments.runner import Results
@@ -19,7 +20,7 @@ from skipinit_jax.experiments.selection import (
 from skipinit_jax.experiments.studies import VARIANTS, Grid, Study
 from skipinit_jax.published import Accuracy
 from skipinit_jax.styles import LABELS
-from skipinit_jax.training.metrics import read_metrics
+from skipinit_jax.training.lines import Lines
 
 DASH, MINUS, TIMES = '\N{EN DASH}', '\N{MINUS SIGN}', '\N{MULTIPLICATION SIGN}'
 DATASETS = {
@@ -78,12 +79,11 @@ class Findings:
       return None
     path = run.folder(self.workdir) / 'metrics.jsonl'
     try:
-      lines = read_metrics(path.parent)
-      broken = len(path.read_text().split('\n')) - 1 - len(lines)
+      lines, broken = Lines(path.parent).look()
       if broken:
         self.problems.append(f'{path}: {broken} broken lines skipped')
-    except (KeyError, OSError, TypeError, ValueError) as error:
-      self.problems.append(f'{path}: {error!r}')
+    except RunError as error:
+      self.problems.append(str(error))
       lines = []
     return Curve(lines, outcome.status == 'diverged')
 

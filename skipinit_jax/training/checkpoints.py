@@ -201,6 +201,14 @@ class Checkpoints:
     self._open()
 
 
+def saved_steps(workdir: os.PathLike | str) -> list[int]:
+  """The steps whose states a run has kept, in order."""
+  folder = epath.Path(workdir) / FOLDER
+  if not folder.is_dir():
+    return []
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+
+
 class Damaged(RunError):
   """A checkpoint that can't be read, or not as it was written."""
 

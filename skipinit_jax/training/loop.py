@@ -1,9 +1,10 @@
 """Training: the order of things, nothing else."""
 
 import contextlib
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from skipinit_jax.training.lock import hold_for_all
 from skipinit_jax.training.metrics import Reporter, read_evals
 from skipinit_jax.training.profile import Profiler
 from skipinit_jax.training.program import Program, make_program
-from skipinit_jax.training.result import read_result, write_result
+from skipinit_jax.training.result import take_result, write_result
 from skipinit_jax.training.signals import Stopped, StopRequest
 from skipinit_jax.training.timetable import Timetable, make_timetable
 from skipinit_jax.training.watchdog import Watchdog
@@ -58,12 +59,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   program = make_program(config, data)
   times = make_timetable(config, data.train_size)
   with hold_for_all(workdir, startup.say) as check_held:
-    startup.open_workdir(workdir, config)
-    if (result := read_result(workdir)) is not None:
+    changes = startup.open_workdir(workdir, config, times.total)
+    result = take_result(workdir)
+    if result is not None and not any(c['step'] == math.inf for c in changes):
       return result
     try:
       return _make_steps(
-        config, workdir, data, program, times, check_held, began
+        config, workdir, data, program, times, changes, check_held, began
       )
     except (OSError, RunError) as error:
       check_held()  # The cause, where the workdir was moved away.
@@ -79,6 +81,7 @@ def _make_steps(
   data: Any,
   program: Program,
   times: Timetable,
+  changes: Sequence[dict[str, Any]],
   check_held: Callable[[], None],
   began: float,
 ) -> dict:
@@ -105,7 +108,10 @@ def _make_steps(
       check_held()
       return request.requested is not None
 
-    step, state = startup.restore_or_create(program, config, data, checkpoints)
+    step, state = startup.restore_or_create(
+      program, config, data, checkpoints, changes
+    )
+    startup.record_changes(workdir, config, changes, step)
     blocks = block_names(state.params)
     reporter = Reporter(
       *(workdir, step, times, config.batch_size),

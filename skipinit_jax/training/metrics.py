@@ -84,7 +84,12 @@ class Reporter:
     self.replaced, in_epoch = 0, 0
     self._epoch = start * self._batch_size // self._train_size
     if self._writes:
-      self._lines.take_up(start)
+      try:
+        said = self._lines.take_up(start)
+      except OSError as error:
+        raise self._not_written(error) from None
+      for sentence in said:
+        self.say(sentence)
       lines = [line for line in self._lines.read() if 'replaced' in line]
       self.replaced = sum(line['replaced'] for line in lines)
       in_epoch = sum(
@@ -239,9 +244,11 @@ class Reporter:
       self._lines.append(line | dict(values))
       self._show(step, values)
     except OSError as error:
-      raise RunError(
-        f'metrics can not be written to {self._workdir}: {error.strerror}'
-      ) from None
+      raise self._not_written(error) from None
+
+  def _not_written(self, error: OSError) -> RunError:
+    reason = error.strerror or error
+    return RunError(f'metrics can not be written to {self._workdir}: {reason}')
 
   def _show(self, step: int, values: Mapping[str, Any]) -> None:
     if not self._board:

@@ -8,8 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError
+from skipinit_jax.training.changes import flatten
 from skipinit_jax.training.config import recipe_path
-from skipinit_jax.training.startup import flatten
 
 
 def load_recipe(name: str) -> ConfigDict:

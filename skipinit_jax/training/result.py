@@ -1,7 +1,6 @@
 """The result of a run: what `result.json` holds."""
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 from pathlib import Path
@@ -9,20 +8,59 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from skipinit_jax.training.lines import write_json
+from skipinit_jax.files import DamagedFile, read_json, set_aside
+from skipinit_jax.training.lines import (
+  is_count,
+  is_evaluation,
+  is_number,
+  write_json,
+)
 from skipinit_jax.training.metrics import Reporter, read_evals, read_metrics
-from skipinit_jax.training.startup import RESULT
+from skipinit_jax.training.startup import RESULT, say
 from skipinit_jax.training.step import TrainState
 from skipinit_jax.version import __version__
 
+STATUSES = ('completed', 'diverged')
+COUNTS = ('steps', 'parameters', 'eval_size')
+
 
 def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
-  """The result of a run that has ended, else None."""
+  """The result of a run that has ended, else None.
+
+  Raises:
+    RunError: `result.json` is damaged, or can't be read.
+  """
   path = epath.Path(workdir) / RESULT
-  return json.loads(path.read_text()) if path.exists() else None
+  result = read_json(path)
+  if result is None:
+    return None
+  fine = {
+    'status': result.get('status') in STATUSES,
+    'eval': is_evaluation(result.get('eval')),
+    'best_eval': is_evaluation(result.get('best_eval')),
+    'last_train': isinstance(result.get('last_train'), dict),
+    **{name: is_count(result.get(name)) for name in COUNTS},
+    **{name: is_number(result.get(name)) for name in ('chance', 'seconds')},
+  }
+  if bad := [name for name, good in fine.items() if not good]:
+    raise DamagedFile(path, f'{bad[0]} is {str(result.get(bad[0]))[:40]!r}')
+  return result
+
+
+def take_result(workdir: epath.Path) -> dict[str, Any] | None:
+  """As `read_result`, but a damaged one is set aside as if it were none."""
+  if jax.process_index() == 0:
+    try:
+      read_result(workdir)
+    except DamagedFile as error:
+      say(f'{error}; moved to {set_aside(error.path)}')
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('result.json is looked at')
+  return read_result(workdir)
 
 
 def write_result(
@@ -44,13 +82,16 @@ def write_result(
   if jax.process_index() == 0:
     evals = read_evals(workdir)
     trained = [line for line in read_metrics(workdir) if 'loss' in line]
+    last = trained[-1] if trained else {'step': -1}
+    if last['step'] < state.step:  # That line was damaged.
+      last = last_train(state)
     result = {
       'status': 'diverged' if reporter.diverged else 'completed',
       'eval': evals[-1],
       'best_eval': max(evals, key=lambda e: e['top1']),
       'eval_size': data.eval_size,
       'chance': data.chance,
-      'last_train': {k: trained[-1][k] for k in ('step', 'loss', 'top1')},
+      'last_train': {k: last[k] for k in ('step', 'loss', 'top1')},
       'steps': int(state.step),
       'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
       'seconds': round(seconds, 2),
@@ -67,6 +108,14 @@ def write_result(
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('result.json is written')
   return read_result(workdir)
+
+
+def last_train(state: TrainState) -> dict[str, float]:
+  """The last training metrics, as they are in the state."""
+  sums = {k: np.float32(v) for k, v in jax.device_get(state.sums).items()}
+  steps = max(sums['steps'], np.float32(1))
+  means = {k: (sums[k] / steps).item() for k in ('loss', 'top1')}
+  return {'step': int(state.step), **means}
 
 
 def largest_norms(params: Any, number: int = 5) -> dict[str, float]:

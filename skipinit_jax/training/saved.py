@@ -1,7 +1,6 @@
 """A run that is there already: its config, and a network that it saved."""
 
 import dataclasses
-import json
 import os
 from typing import Any
 
@@ -13,8 +12,10 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
+from skipinit_jax.files import read_json
 from skipinit_jax.models.resnet import ResNet
-from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
+from skipinit_jax.training.changes import CHANGES
+from skipinit_jax.training.checkpoints import FOLDER, Checkpoints, saved_steps
 from skipinit_jax.training.config import default_config, peak_rate
 from skipinit_jax.training.program import make_program
 from skipinit_jax.training.startup import CONFIG, initial_state, say
@@ -42,23 +43,25 @@ class Saved:
 
 
 def config_of(workdir: os.PathLike | str) -> ConfigDict:
-  """The config that a run was started with; InputError if there is none."""
-  try:
-    fields = json.loads((epath.Path(workdir) / CONFIG).read_text())
-  except (OSError, ValueError):
-    raise InputError(f'{workdir} holds no run: {CONFIG} is missing') from None
+  """The config that a run was started with, or went on with last.
+
+  Raises:
+    InputError: there is none, or none that this version can use.
+    RunError: it is damaged.
+  """
+  path = epath.Path(workdir) / CONFIG
+  fields = read_json(path)
+  if fields is None:
+    raise InputError(f'{workdir} holds no run: {CONFIG} is missing')
+  fields.pop(CHANGES, None)
   config = default_config()
-  with config.unlocked():  # Data sets have fields of their own.
-    config.update(fields)
+  try:
+    with config.unlocked():  # Data sets have fields of their own.
+      config.update(fields)
+  except (AttributeError, TypeError, ValueError) as error:
+    reason = str(error).splitlines()[0]
+    raise InputError(f'{path} is no config of a run: {reason}') from None
   return config
-
-
-def saved_steps(workdir: os.PathLike | str) -> list[int]:
-  """The steps whose states a run has kept, in order."""
-  folder = epath.Path(workdir) / FOLDER
-  if not folder.is_dir():
-    return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
 
 
 def load_run(checkpoint: os.PathLike | str) -> Saved:

@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,19 @@ from ml_collections import ConfigDict
 
 from skipinit_jax import published
 from skipinit_jax.errors import InputError, unwritable
+from skipinit_jax.files import DamagedFile, read_json, set_aside
 from skipinit_jax.models.parameters import count_parameters
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import unstack_blocks
-from skipinit_jax.training.checkpoints import Checkpoints
+from skipinit_jax.training.changes import (
+  CHANGES,
+  are_changes,
+  changes_rate,
+  check_changes,
+  describe_changes,
+  differences,
+)
+from skipinit_jax.training.checkpoints import Checkpoints, saved_steps
 from skipinit_jax.training.config import build_method, loops, peak_rate
 from skipinit_jax.training.devices import replicate, shard, tell
 from skipinit_jax.training.evaluate import blank
@@ -38,13 +48,6 @@ ACCELERATORS = {
 }
 LARGE_BATCH = 2048
 DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
-# Fields that may differ when a run goes on: they don't change its numbers.
-FREE = (
-  *('eval_batch_size', 'checkpoint_every_steps', 'keep_checkpoints'),
-  *('compilation_cache', 'allow_cpu', 'diverged_status', 'fall_back'),
-  *('stuck_after_seconds', 'accept_changes', 'data.dir', 'data.workers'),
-  *('data.bad_share', 'profile_at', 'profile_steps'),
-)
 
 
 def set_deterministic(config: ConfigDict) -> None:
@@ -76,31 +79,56 @@ def check_devices(config: ConfigDict) -> None:
       )
 
 
-def open_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+def open_workdir(
+  workdir: epath.Path, config: ConfigDict, total: int
+) -> list[dict[str, Any]]:
   """Makes the folder and writes config.json, or checks the one that is there.
+
+  A damaged config.json is set aside. Changes that `accept_changes` lets pass
+  are written by `record_changes` only, when the run's state is there.
+
+  Args:
+    workdir: of the run.
+    config: of the run.
+    total: its steps.
+
+  Returns:
+    The changes of the run's fields until now, see `changes.differences`.
 
   Raises:
     InputError: the folder holds a run of another config, is not usable, or is
       not the same folder for all processes.
   """
   path = workdir / CONFIG
-  ours = json.loads(dumps(config.to_dict()))
+  ours = plain(config)
   try:
-    exists = path.exists()
+    theirs, changes = read_config(workdir, ours)
+    damage = None
   except ImportError as error:  # A bucket, and no package to reach it.
     raise InputError(f'--workdir={workdir}: {error}') from None
-  changed = _changes(json.loads(path.read_text()), ours) if exists else []
-  if changed and not config.accept_changes:
+  except DamagedFile as error:
+    theirs, changes, damage = None, [], error
+  steps = saved_steps(workdir)
+  new = [] if theirs is None else differences(theirs, ours)
+  if new and not config.accept_changes:
     raise InputError(
-      f'{workdir} holds the run of another config ({"; ".join(changed)}); '
+      f'{workdir} holds the run of another config ({describe_changes(new)}); '
       'choose another --workdir, or go on with --config.accept_changes=True'
     )
+  if steps and steps[-1] > total:
+    raise InputError(
+      f'epochs={config.epochs:g} are {total} steps, but {steps[-1]} are made '
+      f'in {workdir}'
+    )
+  if steps:
+    check_changes(workdir, new, steps[-1], total)
   if jax.process_index() == 0:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
-      write_json(path, ours)
-      if changed:  # What was the end may no longer be.
-        (workdir / RESULT).unlink(missing_ok=True)
+      if theirs is None:
+        _doubt(workdir, steps, damage)
+      if not new:
+        write_json(path, ours | ({CHANGES: changes} if changes else {}))
     except OSError as error:
       raise unwritable(workdir, error) from None
   if jax.process_count() > 1:
@@ -110,27 +138,72 @@ def open_workdir(workdir: epath.Path, config: ConfigDict) -> None:
         f'process {jax.process_index()} does not see {path}, which process 0 '
         'has written: the workdir must be a folder that all hosts share'
       )
+  return changes + new
 
 
-def _changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-  """The fields that make another run, with both values."""
-  theirs, ours = flatten(theirs), flatten(ours)
-  return [
-    f'{name}={theirs.get(name)!r} there, {ours.get(name)!r} here'
-    for name in {**theirs, **ours}
-    if name not in FREE and theirs.get(name) != ours.get(name)
-  ]
+def read_config(
+  workdir: epath.Path, ours: dict[str, Any]
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+  """The fields in a workdir's config.json, None if none, and their changes.
+
+  Raises:
+    DamagedFile: it is not the config of a run.
+    RunError: it can't be read.
+  """
+  path = workdir / CONFIG
+  theirs = read_json(path)
+  if theirs is None:
+    return None, []
+  changes = theirs.pop(CHANGES, [])
+  if not are_changes(changes) or not theirs.keys() & ours.keys():
+    raise DamagedFile(path, 'it is not the config of a run')
+  return theirs, changes
 
 
-def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Nested dicts as one, with dotted names."""
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      flat |= flatten(value, f'{prefix}{name}.')
-    else:
-      flat[prefix + name] = value
-  return flat
+def _doubt(
+  workdir: epath.Path, steps: Sequence[int], damage: DamagedFile | None
+) -> None:
+  """Says what can't be known where no config.json tells whose a run is."""
+  found = damage or f'{workdir} has no {CONFIG}'
+  if damage:
+    found = f'{damage}; moved to {set_aside(damage.path)}'
+  if (workdir / RESULT).exists():
+    if not steps:
+      raise InputError(
+        f'{found}; {RESULT} is there, but nothing tells of which config, and '
+        'there is no checkpoint; choose another --workdir'
+      )
+    found += f'; {RESULT} moved to {set_aside(workdir / RESULT)}'
+  if steps:
+    found += f'; taking step {steps[-1]:,} there for one of this config'
+  if damage or steps:
+    say(found)
+
+
+def record_changes(
+  workdir: epath.Path,
+  config: ConfigDict,
+  changes: Sequence[dict[str, Any]],
+  step: int,
+) -> None:
+  """Writes what has changed from `step` on, the step that was restored."""
+  if jax.process_index() > 0 or all(c['step'] <= step for c in changes):
+    return
+  since = [c | {'step': min(c['step'], step)} for c in changes]
+  try:
+    (workdir / RESULT).unlink(missing_ok=True)  # It is no longer the end.
+    write_json(workdir / CONFIG, plain(config) | {CHANGES: since})
+  except OSError as error:
+    raise unwritable(workdir, error) from None
+  for change in since:
+    if change['step'] == step:
+      field, old, new = (change[key] for key in ('field', 'old', 'new'))
+      say(f'from step {step:,} on: {field}={new!r}, before {old!r}')
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+  """The fields as they come back from JSON."""
+  return json.loads(dumps(config.to_dict()))
 
 
 def set_compilation_cache(folder: str) -> None:
@@ -142,15 +215,25 @@ def set_compilation_cache(folder: str) -> None:
 
 
 def restore_or_create(
-  program: Program, config: ConfigDict, data: Any, checkpoints: Checkpoints
+  program: Program,
+  config: ConfigDict,
+  data: Any,
+  checkpoints: Checkpoints,
+  changes: Sequence[dict[str, Any]] = (),
 ) -> tuple[int, TrainState]:
-  """The newest saved state and its step, or the one before the first step."""
+  """The newest saved state and its step, or the one before the first step.
 
+  Seed and learning rate are part of the state. The seed is the config's; so is
+  the rate where it was changed since, whatever divergences had made of it.
+  """
   create = functools.partial(initial_state, program, config, data)
   start = np.uint32(config.seed), np.float32(peak_rate(config))
   like = jax.eval_shape(create, *start)
   step, state = checkpoints.restore_latest(like)
   if state is not None:
+    state = state.replace(seed=replicate(start[0]))
+    if changes_rate(changes, step):
+      state = state.replace(rate=replicate(start[1]))
     return step, state
   # The program runs once; optimizing it takes longer than running it.
   options = {}

@@ -1,0 +1,142 @@
+"""Small files: written whole, read with patience, set aside where damaged."""
+
+import contextlib
+import errno
+import json
+import os
+import stat
+import time
+from typing import Any
+
+from etils import epath
+
+from skipinit_jax.errors import RunError
+
+# A read that the system fails is tried so often, with a pause in seconds.
+TRIES, PAUSE = 3, 1.0
+
+
+class DamagedFile(RunError):
+  """A file whose content can't be what was written; one line.
+
+  Attributes:
+    path: of the file.
+  """
+
+  def __init__(self, path: epath.PathLike, reason: str):
+    super().__init__(f'{path} is damaged: {reason}')
+    self.path = epath.Path(path)
+
+
+def write_whole(path: epath.PathLike, data: bytes) -> None:
+  """Writes a file that a crash, or a power cut, leaves as it was or whole."""
+  path = epath.Path(path)
+  if _is_object(path):  # Appears when it is whole.
+    path.write_bytes(data)
+    return
+  temporary = path.with_name(f'{path.name}.tmp')
+  temporary.write_bytes(data)
+  commit(temporary, path)
+
+
+def commit(temporary: os.PathLike, path: os.PathLike) -> None:
+  """Gives a file that is written its name, once its bytes are on the disk."""
+  _sync(temporary)
+  os.replace(temporary, path)
+  # Some network file systems can't; they keep names by themselves.
+  with contextlib.suppress(OSError):
+    _sync(os.path.dirname(os.path.abspath(path)))
+
+
+def read_bytes(path: epath.PathLike) -> bytes | None:
+  """What a file holds, None if there is none.
+
+  Raises:
+    DamagedFile: there is something else, such as a folder.
+    RunError: the system can't read it, also when tried again.
+  """
+  path = epath.Path(path)
+  for tries_left in reversed(range(TRIES)):
+    try:
+      if not _is_object(path):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+          kind = 'a folder' if stat.S_ISDIR(mode) else 'something else'
+          raise DamagedFile(path, f'{kind} is in the place of the file')
+      return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+      if not _is_object(path) and os.path.islink(path):
+        raise DamagedFile(path, 'it is a link that leads nowhere') from None
+      return None
+    except OSError as error:
+      if error.errno == errno.ELOOP or not tries_left:
+        reason = error.strerror or error
+        raise RunError(f'{path} can not be read: {reason}') from None
+      time.sleep(PAUSE)
+  raise AssertionError
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any] | None:
+  """The JSON object that a file holds, None if there is no file.
+
+  Raises:
+    DamagedFile: it holds no JSON object.
+    RunError: see `read_bytes`.
+  """
+  data = read_bytes(path)
+  if data is None:
+    return None
+  if not data.strip(b'\0 \r\n\t'):
+    raise DamagedFile(path, 'it is empty' if not data else 'it is blank')
+  try:
+    return parse_object(data)
+  except ValueError as error:
+    raise DamagedFile(path, str(error)) from None
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+  """The JSON object in UTF-8; ValueError, in a few words, if it is none."""
+  try:
+    value = json.loads(data.decode('utf-8-sig'), parse_constant=_refuse)
+  except UnicodeDecodeError as error:
+    raise ValueError(f'byte {error.start} is not UTF-8') from None
+  except RecursionError:
+    raise ValueError('it is nested too deeply') from None
+  if not isinstance(value, dict):
+    raise ValueError(f'a JSON object was expected, not {str(value)[:20]!r}')
+  return value
+
+
+def set_aside(path: epath.PathLike) -> epath.Path:
+  """Renames what is damaged to `damaged-NAME`, or with a number after that."""
+  path = epath.Path(path)
+  aside = name_aside(path)
+  path.rename(aside)
+  return aside
+
+
+def name_aside(path: epath.PathLike) -> epath.Path:
+  """A name beside `path` for what is damaged, that nothing has yet."""
+  path = epath.Path(path)
+  aside, number = path.with_name(f'damaged-{path.name}'), 1
+  while aside.exists() or os.path.islink(aside):
+    number += 1
+    aside = path.with_name(f'damaged-{path.name}.{number}')
+  return aside
+
+
+def _refuse(name: str) -> None:
+  raise ValueError(f'{name} is not JSON')
+
+
+def _sync(path: os.PathLike | str) -> None:
+  """Waits until a file, or the names in a folder, are on the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _is_object(path: epath.Path) -> bool:
+  return '://' in str(path)

@@ -1,0 +1,132 @@
+"""Fields of a run that change while it goes on: which may, and from when."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from skipinit_jax.errors import InputError
+from skipinit_jax.training.lines import is_number
+
+CHANGES = 'changes'  # In config.json, beside the fields.
+# Fields that may differ when a run goes on: they don't change its numbers.
+FREE = (
+  *('eval_batch_size', 'checkpoint_every_steps', 'keep_checkpoints'),
+  *('compilation_cache', 'allow_cpu', 'diverged_status', 'fall_back'),
+  *('stuck_after_seconds', 'accept_changes', 'data.dir', 'data.workers'),
+  *('data.bad_share', 'profile_at', 'profile_steps'),
+)
+# Other fields of the network and the images are what the run is about.
+OF_MODEL = ('dropout', 'statistics_group', 'scan', 'remat')
+OF_DATA = ('shift', 'flip', 'area', 'aspect', 'cutout', 'mixup', 'cutmix')
+# The optimizer's state has a part for each of these that is set.
+PARTS = (
+  *('ema_decay', 'optimizer.l2', 'optimizer.clip_norm'),
+  'optimizer.adaptive_clip',
+)
+RATE = ('optimizer.learning_rate', 'optimizer.reference_batch')
+SHOWN = 3  # Of the fields that differ, in an error.
+
+
+def differences(
+  theirs: Mapping[str, Any], ours: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+  """The fields that make another run, changed from a step not yet known.
+
+  Args:
+    theirs: the config of the run that is there, nested.
+    ours: the config to go on with.
+
+  Returns:
+    Of each field, `field`, `old`, `new` and `step`, the number of steps made
+    before the change; infinity as long as nothing is made with it.
+  """
+  theirs, ours = flatten(theirs), flatten(ours)
+  return [
+    {
+      'step': math.inf,
+      'field': name,
+      'old': theirs.get(name),
+      'new': ours.get(name),
+    }
+    for name in {**theirs, **ours}
+    if name not in FREE and theirs.get(name) != ours.get(name)
+  ]
+
+
+def check_changes(
+  workdir: Any, changes: Iterable[Mapping[str, Any]], made: int, total: int
+) -> None:
+  """Raises InputError for a change that can't take effect any more.
+
+  Args:
+    workdir: of the run.
+    changes: of `differences`.
+    made: steps that are made, and saved.
+    total: steps of the whole run, as it is to be now.
+  """
+  for change in changes:
+    field, old, new = change['field'], change['old'], change['new']
+    if not _can_change(field, old, new):
+      why = 'steps are already made, and saved, with the other'
+    elif made == total and field != 'epochs':
+      why = f'all {total} steps are made; give more epochs too'
+    else:
+      continue
+    raise InputError(
+      f'{workdir}: {_shown(change)}, can not change in this run: {why}; '
+      'or choose another --workdir'
+    )
+
+
+def _can_change(field: str, old: Any, new: Any) -> bool:
+  part, _, name = field.partition('.')
+  if part == 'model':
+    return name in OF_MODEL
+  if part == 'data':
+    return name in OF_DATA
+  if field in PARTS:
+    return bool(old) == bool(new)
+  return field != 'batch_size'  # Steps are counted in batches.
+
+
+def describe_changes(changes: Sequence[Mapping[str, Any]]) -> str:
+  """The first of the fields that differ, with both values."""
+  more = len(changes) - SHOWN
+  shown = '; '.join(map(_shown, changes[:SHOWN]))
+  return shown + (f'; and {more} more' if more > 0 else '')
+
+
+def changes_rate(changes: Iterable[Mapping[str, Any]], step: int) -> bool:
+  """Whether the state saved at `step` has the rate from before a change."""
+  return any(c['field'] in RATE and c['step'] >= step for c in changes)
+
+
+def are_changes(value: Any) -> bool:
+  """Whether this is what config.json may hold under CHANGES."""
+  return isinstance(value, list) and all(
+    isinstance(change, dict)
+    and change.keys() == {'step', 'field', 'old', 'new'}
+    and is_number(change['step'])
+    for change in value
+  )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Nested dicts as one, with dotted names."""
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _shown(change: Mapping[str, Any]) -> str:
+  old, new = (_short(change[side]) for side in ('old', 'new'))
+  return f'{change["field"][:40]}={old} there, {new} here'
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 40 else f'{text[:37]}...'
