@@ -119,6 +119,20 @@ def test_a_seed_has_32_bits(seed):
   check_config(recipe(seed=2**32 - 1), 4)
 
 
+def test_a_warm_up_of_averages_needs_averages():
+  message = refused(check_config, recipe(ema_warmup=True), 4)
+  assert message.startswith('ema_warmup=True')
+  assert 'expected ema_decay to be set' in message
+  check_config(recipe(ema_warmup=True, ema_decay=0.99), 4)
+
+
+def test_padding_is_that_of_the_recipe():
+  assert not build_model(recipe(), 10).symmetric_padding
+  assert build_model(
+    recipe(model__symmetric_padding=True), 10
+  ).symmetric_padding
+
+
 @pytest.mark.parametrize(
   ('field', 'value', 'nearest'),
   [

@@ -41,13 +41,6 @@ def initialize(model, shape, seed=0):
   return model.init(key, jnp.zeros(shape), train=False)
 
 
-@functools.cache
-def fixup_params(bottleneck):
-  # Two stages of two blocks: d = 4.
-  model = ResNet((2, 2), bottleneck, 5, 'fixup', features=16, stem_features=16)
-  return initialize(model, (1, 16, 16, 3))['params']
-
-
 def assert_std(values, expected):
   """Within four standard errors of a normal sample's standard deviation."""
   error = 4 / math.sqrt(2 * values.size)
@@ -167,41 +160,6 @@ def test_he_normal_is_normal_with_variance_two_over_fan(fan):
   assert_std(values, std)
   # Not truncated: 1.24 % of a normal lie beyond 2.5 standard deviations.
   assert np.mean(np.abs(values) > 2.5 * std) == pytest.approx(0.0124, rel=0.4)
-
-
-@pytest.mark.parametrize('bottleneck', [False, True])
-def test_fixup_starts_as_its_algorithm_says(bottleneck):
-  params = fixup_params(bottleneck)
-  layers = 3 if bottleneck else 2
-  shrink = 4 ** (-1 / (2 * layers - 2))  # L^(-1/(2m-2)), L = 4 branches.
-  last = f'conv{layers}'
-  seen = set()
-  for path, kernel in leaves(params, 'kernel').items():
-    module = path.split('/')[-2]
-    seen.add(module)
-    if module in (last, 'classifier'):
-      assert not kernel.any(), path
-      continue
-    fan_out = math.prod(kernel.shape[:2]) * kernel.shape[-1]
-    inside = module.startswith('conv')
-    assert_std(kernel, math.sqrt(2 / fan_out) * (shrink if inside else 1))
-  inner = {f'conv{i}' for i in range(1, layers)}
-  assert seen == inner | {last, 'classifier', 'stem', 'projection'}
-
-
-@pytest.mark.parametrize('bottleneck', [False, True])
-def test_fixup_scalars_start_at_one_and_zero(bottleneck):
-  params = fixup_params(bottleneck)
-  layers = 3 if bottleneck else 2
-  alphas = leaves(params, 'alpha')
-  assert len(alphas) == 4
-  assert all(a.shape == () and a == 1 for a in alphas.values())
-  biases = leaves(params, 'scalar_bias')
-  # One before and one after each convolution of a branch, two in the network.
-  assert len(biases) == 4 * 2 * layers + 2
-  assert all(b.shape == () and b == 0 for b in biases.values())
-  # No bias vectors but the classifier's.
-  assert list(leaves(params, 'bias')) == ['classifier/bias']
 
 
 def test_fixup_kernel_init_follows_the_rule():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from skipinit_jax.errors import InputError
 from skipinit_jax.models.methods import METHODS
 from skipinit_jax.models.resnet import WideResNet
 from skipinit_jax.models.stages import stack_blocks, unstack_blocks
@@ -108,6 +109,24 @@ def test_boundaries_inside_the_warm_up_count_each():
   np.testing.assert_allclose(rates(config)[30:], 0.4 * 0.1 * 0.1, rtol=1e-5)
 
 
+@pytest.mark.parametrize('every', [1e-9, 0.0999])
+def test_halvings_closer_than_a_step_are_refused(every):
+  with pytest.raises(InputError) as error:
+    make_schedule(recipe('halving', hold_epochs=1.0, every_epochs=every), SIZE)
+  assert str(error.value) == (
+    f'schedule.every_epochs={every:g} of 100 images is less than one step of '
+    'batch_size=10; expected at least 0.1'
+  )
+
+
+def test_the_rate_halves_at_every_step_until_nothing_is_left():
+  config = recipe('halving', 40.0, hold_epochs=1.0, every_epochs=0.1)
+  expected = [0.4 * 0.5 ** max(step - 9, 0) for step in range(400)]
+  np.testing.assert_allclose(
+    rates(config, 400), expected, rtol=1e-5, atol=1e-30
+  )
+
+
 def test_cosine_ends_at_0():
   schedule = make_schedule(recipe('cosine', warmup_epochs=2.0), SIZE)
   assert float(schedule(120)) == pytest.approx(0, abs=1e-8)
@@ -154,18 +173,18 @@ def flat(tree):
 
 def run(config, method='skipinit', steps=4):
   """Parameters after some steps of the optimizer."""
-  schedule = make_schedule(config, SIZE)
-  tx = make_optimizer(config, METHODS[method], schedule)
+  tx = make_optimizer(config, METHODS[method])
   params = tree(0)
   state = tx.init(params)
-  update, rate = jax.jit(tx.update), peak_rate(config)
-  for step in range(steps):
+  update = jax.jit(tx.update)
+  for step, rate in enumerate(rates(config, steps)):
     updates, state = update(tree(step + 1), state, params)
-    params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
+    scaled = jax.tree.map(lambda u, r=float(rate): r * u, updates)
+    params = jax.tree.map(jnp.add, params, scaled)
   return flat(params)
 
 
-def by_hand(config, change=lambda g, p: g, decay=('kernel',), scalars=1.0):
+def by_hand(config, change=lambda g, p: g, decay=('kernel',), reduced=1.0):
   """The same, by a loop over leaves in float64."""
   optimizer = config.optimizer
   schedule = rates(config)
@@ -177,8 +196,8 @@ def by_hand(config, change=lambda g, p: g, decay=('kernel',), scalars=1.0):
       leaf, g = name.split('/')[-1], grads[name]
       if leaf in decay:
         g = g + optimizer.l2 * p
-      if leaf in ('alpha', 'scalar_bias'):
-        g = scalars * g
+      if leaf != 'kernel':
+        g = reduced * g
       traces[name] = optimizer.momentum * traces[name] + g
       step_by = traces[name]
       if optimizer.nesterov:
@@ -304,17 +323,21 @@ def test_adaptive_clipping_of_stacked_leaves_is_that_of_the_blocks(method):
 
 
 @pytest.mark.parametrize('reference', [None, 2])
-def test_fixup_scalars_have_a_tenth_of_the_rate_before_scaling(reference):
+def test_fixup_reduces_all_rates_but_the_kernels_before_scaling(reference):
   config = recipe(reference_batch=reference)
-  # The peak is 0.4 * BATCH / reference; the scalars' rate stays 0.04.
+  # The peak is 0.4 * BATCH / reference; the rate of the others stays 0.04.
   scale = BATCH / (reference or BATCH)
-  expected = by_hand(config, scalars=0.1 / scale)
+  expected = by_hand(config, reduced=0.1 / scale)
   assert_close(run(config, 'fixup'), expected)
-  one = run(config, 'fixup', steps=1)
-  moved = flat(tree(0))['stage1/block1/conv2/alpha']
-  moved -= one['stage1/block1/conv2/alpha']
-  gradient = flat(tree(1))['stage1/block1/conv2/alpha']
-  assert moved == pytest.approx(0.04 * gradient, rel=1e-4)
+  one, before, gradient = run(config, 'fixup', 1), flat(tree(0)), flat(tree(1))
+  for name in ('stage1/block1/conv2/alpha', 'classifier/bias'):
+    moved = before[name] - one[name]
+    np.testing.assert_allclose(moved, 0.04 * gradient[name], rtol=1e-4)
+
+
+def test_fixup_has_one_rate_where_the_recipe_says_so():
+  config = recipe(reference_batch=2, reduced_rate=False)
+  assert_close(run(config, 'fixup'), by_hand(config))
 
 
 @pytest.mark.parametrize('method', sorted(METHODS.keys() - {'fixup'}))

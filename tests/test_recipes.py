@@ -112,6 +112,8 @@ def test_imagenet_rows(row, method, biases, drops):
     assert (config.model.dropout > 0) == drops
     assert config.batch_size == batch
     assert build_method(config).normalize == (method == 'batchnorm')
+    # Fixup's rows follow DeepMind's code: nothing has a rate of its own.
+    assert config.optimizer.reduced_rate == (method != 'fixup')
 
 
 def published_batches():

@@ -405,10 +405,10 @@ def test_minus_one_is_in_no_top_k():
 
 
 @functools.cache
-def short_run():
+def short_run(**averages):
   config = recipe(
     model__method='skipinit',
-    ema_decay=0.7,
+    **{'ema_decay': 0.7, **averages},
     label_smoothing=0.2,
     optimizer__l2=0.01,
   )
@@ -436,6 +436,19 @@ def test_averaged_parameters_are_an_exponential_average():
   for state in states[1:]:
     average = jax.tree.map(
       lambda a, p: 0.7 * a + 0.3 * np.float64(p), average, state.params
+    )
+    assert_close(state.ema['params'], average, rtol=1e-5, atol=1e-6)
+
+
+def test_the_decay_of_averages_warms_up_with_the_step():
+  _, _, states, _ = short_run(ema_decay=0.3, ema_warmup=True)
+  average = jax.tree.map(np.float64, states[0].params)
+  for step, state in enumerate(states[1:]):
+    # Brock et al. 2021, in their code: .1, .182, .25, and then .3.
+    decay = min(0.3, (1 + step) / (10 + step))
+    average = jax.tree.map(
+      lambda a, p, d=decay: d * a + (1 - d) * np.float64(p),
+      *(average, state.params),
     )
     assert_close(state.ema['params'], average, rtol=1e-5, atol=1e-6)
 
@@ -570,6 +583,47 @@ def test_so_many_steps_in_a_row_may_be_skipped():
   state, metrics = one(state)
   assert not metrics['finite']
   assert state.step == 2
+
+
+def test_the_rate_after_skipped_steps_is_the_one_reported():
+  one, good, bad = diverging(
+    **{'on_divergence': 'skip', 'schedule__name': 'cosine', 'epochs': 3.0},
+    **{'optimizer__momentum': 0.0, 'optimizer__l2': 0.0},
+  )
+  state = bad
+  for _ in range(3):
+    state, metrics = one(state)
+  assert (metrics['skipped'], state.step) == (3, 3)
+  state = state.replace(params=good.params)
+  for step in range(3, 6):  # Of 9.
+    before, (state, metrics) = state.params, one(state)
+    rate = 0.05 * 0.5 * (1 + np.cos(np.pi * step / 9))
+    assert metrics['learning_rate'] == pytest.approx(rate, rel=1e-5)
+    moved = jax.tree.map(lambda p, b: np.float64(p) - b, state.params, before)
+    moved = np.sqrt(sum((m**2).sum() for m in jax.tree.leaves(moved)))
+    assert moved == pytest.approx(rate * metrics['grad_norm'], rel=1e-3)
+
+
+def test_the_loss_is_that_of_the_last_steps_that_were_made():
+  one, good, bad = diverging(on_divergence='skip', divergence_limit=9)
+  first, _ = one(bad)
+  state, metrics = one(first)
+  assert np.isnan(metrics['loss'])  # Nothing was made yet.
+  state, alone = one(state.replace(params=good.params))
+  assert np.isfinite(alone['loss'])
+  # A window of three that is skipped as a whole, and the start of the next.
+  made = state.params
+  state = state.replace(params=bad.params)
+  for _ in range(4):
+    state, metrics = one(state)
+    assert metrics['loss'] == alone['loss']
+    assert metrics['top1'] == alone['top1']
+  assert state.step == 7
+  # The window starts with the first step that is made in it.
+  state, metrics = one(state.replace(params=made))
+  again, _ = one(first.replace(params=made, step=np.int32(7)))
+  assert state.sums['steps'] == 1
+  assert metrics['loss'] == again.sums['loss']
 
 
 def test_a_skipped_step_leaves_the_averages_of_the_others():

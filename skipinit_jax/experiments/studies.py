@@ -19,6 +19,7 @@ Fields = Mapping[str, Any]
 
 SKIPINIT = {'model.method': 'skipinit'}
 FIXUP = {'model.method': 'fixup'}
+ONE_RATE = {'optimizer.reduced_rate': False}
 NO_PART = {
   **FIXUP,
   **{'model.zero_last': False, 'model.rescale': False},
@@ -44,9 +45,9 @@ VARIANTS: dict[str, Fields] = {
   'fixup_no_part': NO_PART,
   # The rows of configs/imagenet.py; a test holds that they agree.
   'imagenet:batchnorm': {**PLAIN, 'model.method': 'batchnorm'},
-  'imagenet:fixup': {**PLAIN, **FIXUP},
+  'imagenet:fixup': {**PLAIN, **FIXUP, **ONE_RATE},
   'imagenet:skipinit': {**PLAIN, **SKIPINIT, **BIASES},
-  'imagenet:fixup_dropout': {**PLAIN, **FIXUP, **DROPOUT},
+  'imagenet:fixup_dropout': {**PLAIN, **FIXUP, **ONE_RATE, **DROPOUT},
   'imagenet:regularized_skipinit': {**SKIPINIT, **BIASES, **DROPOUT},
   'imagenet:batchnorm_dropout': {
     **{**PLAIN, **DROPOUT},
@@ -158,6 +159,10 @@ DIGITS_CHOICES = (
 CIFAR_CHOICES = (
   'Our choices: batches of 128, ghost batches of 64, L2 on kernels only, rates '
   'chosen on 5,000 held out training images.'
+)
+FIXUP_RATE = (
+  "Fixup has one rate for all parameters, as in the later code of the paper's "
+  'group.'
 )
 CIFAR = {'model.width': 2, 'eval_every_epochs': 10.0, 'watch_every_steps': 500}
 
@@ -351,7 +356,8 @@ IMAGENET = Study(
       seeds=1,
       best=1,
       choices='On the digits everything but the method is our choice: the 40-1 '
-      'network, 8 epochs, a cosine, a rate that grows with the batch.',
+      'network, 8 epochs, a cosine, a rate that grows with the batch. '
+      f'{FIXUP_RATE}',
     ),
     'imagenet2012': Grid(
       recipe='imagenet',
@@ -366,7 +372,7 @@ IMAGENET = Study(
       choices='Our choices: rates of 2^-1, 2^0 and 2^1 times 0.1 per 256 '
       'images (the paper tuned each row), chosen on 10,000 held out images; '
       'Dropout 0.25, no label smoothing, L2 on kernels only, ghost batches of '
-      '64. The last row is ours.',
+      f'64. {FIXUP_RATE} The last row is ours.',
     ),
   },
   published={

@@ -46,7 +46,7 @@ class ResNet(nn.Module):
     alpha: initial value of the scalar, a number or '1/sqrt(d)' for d residual
       blocks; None: the method's own.
     biases: bias vectors on every convolution but the stem.
-    dropout: rate of Dropout on the pooled features.
+    dropout: rate of Dropout on the pooled features, before Fixup's last bias.
     classifier_init: of the classifier's kernel; None: zero where the method
       starts it at zero, else that of `kernel_init`.
     features: channels of the first stage's 3x3 convolutions.
@@ -175,14 +175,14 @@ class ResNet(nn.Module):
     if not method.fixup_block:
       x = layers.activation(layers.norm('norm')(x, train=train))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+    if self.num_classes is not None and train and self.dropout > 0:
+      x = drop_by_example(
+        self.make_rng('dropout'), x, self.dropout, first_example
+      )
     if method.fixup_block:
       x = layers.scalar_bias('bias2')(x)
     if self.num_classes is None:
       return x
-    if train and self.dropout > 0:
-      x = drop_by_example(
-        self.make_rng('dropout'), x, self.dropout, first_example
-      )
     init = self.classifier_init
     if init is None:
       init = kernel_initializer(self.kernel_init, he_normal())

@@ -39,6 +39,9 @@ def default_config() -> ConfigDict:
   config.micro_batches = 1
   config.steps_per_call = 1  # Steps in one call of the device.
   config.ema_decay = placeholder(float)  # Of averaged parameters; unset: none.
+  # At most (1 + step) / (10 + step): a short run's averages are not mostly its
+  # initialization.
+  config.ema_warmup = False
   config.dtype = 'auto'  # Of the computation: float32 on CPUs, else bfloat16.
 
   config.model = ConfigDict()
@@ -59,6 +62,8 @@ def default_config() -> ConfigDict:
   config.model.activation = 'relu'  # Or 'crelu', concatenated ReLU.
   config.model.kernel_init = 'he'  # One of KERNEL_INITS.
   config.model.skip = True  # False: no skip paths, a feed-forward network.
+  # Strided layers padded alike on both sides, as PyTorch does.
+  config.model.symmetric_padding = False
   # batchnorm's: a number of images, 'device' or 'all'.
   config.model.statistics_group = '64'
   # Equal blocks of a stage as one scanned block. Unset: where a stage has
@@ -85,6 +90,9 @@ def default_config() -> ConfigDict:
   config.optimizer.reference_batch = placeholder(int)
   config.optimizer.momentum = 0.9
   config.optimizer.nesterov = False
+  # The method's own rate for all but the kernels, if it has one: fixup's, as in
+  # its authors' code. False: one rate for all.
+  config.optimizer.reduced_rate = True
   config.optimizer.l2 = 5e-4  # Added to the gradient: l2 * parameter.
   config.optimizer.decay = ('kernel',)  # Leaf names that L2 applies to.
   config.optimizer.clip_norm = placeholder(float)  # Of the whole gradient.
@@ -183,6 +191,11 @@ def check_config(config: ConfigDict, device_count: int) -> None:
   for name in config.optimizer.decay:
     if name not in LEAVES:
       raise InputError(unknown('leaf name in optimizer.decay', name, LEAVES))
+  if config.ema_warmup and config.ema_decay is None:
+    raise InputError(
+      'ema_warmup=True warms up the decay of averaged parameters: expected '
+      'ema_decay to be set too, such as 0.9999'
+    )
   _check_schedule(config)
   share, rest = divmod(config.batch_size, device_count)
   if rest:
@@ -292,6 +305,7 @@ def build_model(
     'activation': model.activation,
     'kernel_init': model.kernel_init,
     'skip': model.skip,
+    'symmetric_padding': model.symmetric_padding,
     'scan': bool(model.scan),
     'remat': model.remat,
     'statistics_group': int(group) if group.isdecimal() else None,

@@ -1,11 +1,13 @@
 """SGD with momentum, its schedules, and what it does to which parameters."""
 
+import math
 from typing import Any
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
+from skipinit_jax.errors import InputError
 from skipinit_jax.models.methods import Method
 from skipinit_jax.models.parameters import decay_mask, param_labels
 from skipinit_jax.models.stages import STACKED
@@ -22,6 +24,9 @@ def make_schedule(config: ConfigDict, train_size: int) -> optax.Schedule:
   times `factor` at each of `boundaries`. cosine: to 0 at the end of training
   (on ImageNet, after 5 epochs of warm-up). The warm-up is linear from 0 and
   goes before any of them; durations count from the start of training.
+
+  Raises:
+    InputError: `every_epochs` of less than one step.
   """
   schedule = config.schedule
 
@@ -37,10 +42,17 @@ def make_schedule(config: ConfigDict, train_size: int) -> optax.Schedule:
     if schedule.name == 'step':
       factor, boundaries = schedule.factor, schedule.boundaries
     else:
-      factor, boundaries, epoch = 0.5, [], schedule.hold_epochs
-      while epoch < config.epochs:
-        boundaries.append(epoch)
-        epoch += schedule.every_epochs
+      hold, every = schedule.hold_epochs, schedule.every_epochs
+      if every * train_size < config.batch_size:
+        least = math.ceil(1e4 * config.batch_size / train_size) / 1e4
+        raise InputError(
+          f'schedule.every_epochs={every:g} of {train_size} images is less '
+          f'than one step of batch_size={config.batch_size}; expected at least '
+          f'{least:g}'
+        )
+      # So many halvings leave nothing of a float32.
+      boundaries = [hold + i * every for i in range(150)]
+      factor, boundaries = 0.5, [b for b in boundaries if b < config.epochs]
     scales: dict[int, float] = {}
     for boundary in boundaries:
       step = max(steps(boundary) - warmup, 0)
@@ -53,11 +65,12 @@ def make_schedule(config: ConfigDict, train_size: int) -> optax.Schedule:
 
 
 def make_optimizer(
-  config: ConfigDict, method: Method, schedule: optax.Schedule
+  config: ConfigDict, method: Method
 ) -> optax.GradientTransformation:
-  """SGD: clipping, L2, rates by parameter, momentum, schedule; in this order.
+  """SGD: clipping, L2, rates by parameter, momentum; in this order.
 
-  Updates are for a peak rate of 1: the step multiplies them by its own.
+  Updates are for a rate of 1: the step multiplies them by its own, so that
+  there is one count of steps.
 
   L2 is the gradient of l2/2 ||w||^2 for the leaves that decay, so it passes
   through the momentum; it is not clipped.
@@ -75,13 +88,13 @@ def make_optimizer(
         lambda params: decay_mask(params, decay=tuple(optimizer.decay)),
       )
     )
-  if method.scalar_rate is not None:
+  if method.reduced_rate is not None and optimizer.reduced_rate:
     # A share of the rate *before* it was scaled with the batch.
-    factor = method.scalar_rate * optimizer.learning_rate / peak_rate(config)
-    transforms.append(optax.masked(optax.scale(factor), _scalars))
+    factor = method.reduced_rate * optimizer.learning_rate / peak_rate(config)
+    transforms.append(optax.masked(optax.scale(factor), _all_but_kernels))
   return optax.chain(
     *transforms,
-    optax.sgd(schedule, optimizer.momentum, optimizer.nesterov),
+    optax.sgd(1.0, optimizer.momentum, optimizer.nesterov),
   )
 
 
@@ -114,7 +127,5 @@ def adaptive_clip(threshold: float) -> optax.GradientTransformation:
   return optax.partition({**clips, 'exempt': optax.identity()}, label)
 
 
-def _scalars(params: Any) -> Any:
-  return jax.tree.map(
-    lambda label: label in ('alpha', 'scalar_bias'), param_labels(params)
-  )
+def _all_but_kernels(params: Any) -> Any:
+  return jax.tree.map(lambda label: label != 'kernel', param_labels(params))

@@ -23,7 +23,7 @@ class Program:
   """The computation of a run, not yet compiled.
 
   Attributes:
-    model, tx: the network, and its optimizer for a peak rate of 1.
+    model, tx: the network, and its optimizer for a rate of 1.
     train_step: mapped (state, inputs, host, count) -> (state, metrics), several
       steps where count is more than 1; the state is donated. See
       `step.train_step`.
@@ -62,7 +62,7 @@ def make_program(
   platform = devices[0].platform if devices else None
   model = build_model(config, data.num_classes, platform)
   schedule = make_schedule(config, data.train_size)
-  tx = make_optimizer(config, build_method(config), schedule)
+  tx = make_optimizer(config, build_method(config))
   of_data = {
     'model': model,
     'choose': data.choose,
@@ -81,6 +81,7 @@ def make_program(
     tx=tx,
     schedule=schedule,
     ema_decay=config.ema_decay,
+    ema_warmup=config.ema_warmup,
     log_every=config.log_every_steps,
     max_skips=config.divergence_limit if config.on_divergence == 'skip' else 0,
   )

@@ -25,7 +25,7 @@ class TrainState(flax.struct.PyTreeNode):
     ema: moving averages, {'params': ..., 'batch_stats': ...}, or None.
     opt_state: Optax's.
     sums: float32 (), loss and top-1 summed over the steps since the last log,
-      and the number of these steps.
+      and the number of these steps; skipped ones are left out.
     skipped: int32 (), steps in a row whose update was skipped.
     rate: float32 (), the peak learning rate, lower after going back from a
       divergence; what the schedule is a share of.
@@ -105,6 +105,7 @@ def train_step(
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
   ema_decay: float | None,
+  ema_warmup: bool,
   log_every: int,
   max_skips: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -114,7 +115,8 @@ def train_step(
   the update is not finite, nothing is updated,
   and unless `max_skips` lets it pass the step is not counted: the state stays
   at its last finite parameters, and every later call gives the same answer, so
-  the caller may look at it late.
+  the caller may look at it late. A step that is passed over still counts: the
+  schedule and the draws of the next one are those of the next step.
 
   Args:
     state: replicated.
@@ -123,23 +125,31 @@ def train_step(
       whether it was asked to, and `replaced`, images of the batch that could
       not be read.
     gradient: of the loss, by (state, inputs); see `gradient`.
-    tx, schedule: the optimizer for a peak rate of 1, and the learning rate by
-      step as a share of the peak rate.
+    tx, schedule: the optimizer for a rate of 1, and the learning rate by step
+      as a share of the peak rate.
     ema_decay: of the averaged parameters, None for none.
+    ema_warmup: no more than (1 + step) / (10 + step) of the averages is kept,
+      so that they soon leave the initialization.
     log_every: steps over which the reported loss and top1 are averaged.
     max_skips: updates in a row that may be skipped as not finite.
 
   Returns:
     The new state and the metrics, scalars equal on all devices: loss and top1
-    (averaged since the last multiple of `log_every`), learning_rate, grad_norm,
-    param_norm, skipped, finite; stop and replaced, summed over the processes.
+    (averaged over the steps since the last multiple of `log_every` that were
+    not skipped; those before it while all of them were), learning_rate (the one
+    applied), grad_norm, param_norm, skipped, finite; stop and replaced, summed
+    over the processes.
   """
   (loss, top1, batch_stats), grads = gradient(state, inputs)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  updates = jax.tree.map(lambda u: u * state.rate, updates)
+  rate = schedule(state.step) * state.rate
+  updates = jax.tree.map(lambda u: u * rate, updates)
   params = optax.apply_updates(state.params, updates)
   ema = state.ema
   if ema_decay is not None:
+    if ema_warmup:
+      count = state.step.astype(jnp.float32)
+      ema_decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
     new = {'params': params, 'batch_stats': batch_stats}
     ema = optax.incremental_update(new, ema, 1 - ema_decay)
   grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
@@ -147,8 +157,10 @@ def train_step(
 
   skips = ~finite & (state.skipped < max_skips)
 
+  # Whether every step since the last log was skipped, or there is none.
+  starts = state.skipped >= state.step % log_every
   before = select(
-    state.step % log_every == 0,
+    starts,
     jax.tree.map(jnp.zeros_like, state.sums),
     state.sums,
   )
@@ -166,14 +178,12 @@ def train_step(
     rate=state.rate,
     seed=state.seed,
   )
-  passed_over = state.replace(
-    step=state.step + 1, sums=before, skipped=state.skipped + 1
-  )
-  shown = select(skips, before, sums)
+  passed_over = state.replace(step=state.step + 1, skipped=state.skipped + 1)
+  shown = select(skips, state.sums, sums)
   metrics = {
     'loss': shown['loss'] / shown['steps'],
     'top1': shown['top1'] / shown['steps'],
-    'learning_rate': schedule(state.step) * state.rate,
+    'learning_rate': rate,
     'grad_norm': grad_norm,
     'param_norm': param_norm,
     'skipped': state.skipped + skips,
