@@ -1,6 +1,5 @@
 """Small files: written whole, read with patience, set aside where damaged."""
 
-import contextlib
 import errno
 import json
 import os
@@ -14,6 +13,8 @@ from skipinit_jax.errors import RunError
 
 # A read that the system fails is tried so often, with a pause in seconds.
 TRIES, PAUSE = 3, 1.0
+# What a file system answers that can't bring the names in a folder to the disk.
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 class DamagedFile(RunError):
@@ -43,9 +44,11 @@ def commit(temporary: os.PathLike, path: os.PathLike) -> None:
   """Gives a file that is written its name, once its bytes are on the disk."""
   _sync(temporary)
   os.replace(temporary, path)
-  # Some network file systems can't; they keep names by themselves.
-  with contextlib.suppress(OSError):
+  try:
     _sync(os.path.dirname(os.path.abspath(path)))
+  except OSError as error:
+    if error.errno not in UNSUPPORTED:
+      raise
 
 
 def read_bytes(path: epath.PathLike) -> bytes | None:

@@ -116,7 +116,7 @@ def read_outcome(folder: Path) -> Outcome | None:
       seconds=result['seconds'],
       steps=result['steps'],
     )
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, OSError, TypeError, ValueError) as error:
     raise ValueError(f'{path}: {error!r}') from None
 
 

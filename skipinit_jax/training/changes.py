@@ -24,7 +24,7 @@ PARTS = (
   'optimizer.adaptive_clip',
 )
 RATE = ('optimizer.learning_rate', 'optimizer.reference_batch')
-SHOWN = 3  # Of the fields that differ, in an error.
+SHOWN = 2  # Of the fields that differ, in an error.
 
 
 def differences(
@@ -124,9 +124,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 def _shown(change: Mapping[str, Any]) -> str:
   old, new = (_short(change[side]) for side in ('old', 'new'))
-  return f'{change["field"][:40]}={old} there, {new} here'
+  return f'{change["field"][:30]}={old} there, {new} here'
 
 
 def _short(value: Any) -> str:
   text = repr(value)
-  return text if len(text) <= 40 else f'{text[:37]}...'
+  return text if len(text) <= 20 else f'{text[:17]}...'

@@ -113,7 +113,7 @@ def open_workdir(
   if new and not config.accept_changes:
     raise InputError(
       f'{workdir} holds the run of another config ({describe_changes(new)}); '
-      'choose another --workdir, or go on with --config.accept_changes=True'
+      'choose another --workdir, or --config.accept_changes=True'
     )
   if steps and steps[-1] > total:
     raise InputError(
@@ -122,6 +122,11 @@ def open_workdir(
     )
   if steps:
     check_changes(workdir, new, steps[-1], total)
+  elif theirs is None and (workdir / RESULT).exists():
+    raise InputError(
+      f'{damage or f"{workdir} has no {CONFIG}"}; nothing tells of which config '
+      f'its {RESULT} is, and there is no checkpoint; choose another --workdir'
+    )
   if jax.process_index() == 0:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
@@ -168,11 +173,6 @@ def _doubt(
   if damage:
     found = f'{damage}; moved to {set_aside(damage.path)}'
   if (workdir / RESULT).exists():
-    if not steps:
-      raise InputError(
-        f'{found}; {RESULT} is there, but nothing tells of which config, and '
-        'there is no checkpoint; choose another --workdir'
-      )
     found += f'; {RESULT} moved to {set_aside(workdir / RESULT)}'
   if steps:
     found += f'; taking step {steps[-1]:,} there for one of this config'
