@@ -362,6 +362,14 @@ def test_a_config_with_other_values_is_another_config(field, value, workdir):
   assert path.read_bytes() == before
 
 
+def test_a_config_of_which_all_is_different_is_one_short_line(workdir):
+  fields = dict.fromkeys(changes.flatten(startup.plain(recipe())), 'x' * 500)
+  write_json(workdir / 'config.json', {'seed': 0} | fields)
+  with pytest.raises(InputError, match=r'and \d+ more') as error:
+    take_up(workdir)
+  assert len(str(error.value).replace(str(workdir), '')) <= 300
+
+
 @pytest.mark.parametrize('fields', [{'seed': 'x'}, {'model': 3}])
 def test_a_config_that_is_none_of_a_run_is_one_line(fields, workdir):
   write_json(workdir / 'config.json', fields)
@@ -444,6 +452,7 @@ CAN_NOT = {
   'optimizer__l2': 0.0,
   'optimizer__clip_norm': 1.0,
   'optimizer__adaptive_clip': 0.01,
+  'optimizer__reduced_rate': False,
 }
 CAN = {
   'seed': 3,

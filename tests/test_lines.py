@@ -1,6 +1,7 @@
 """Metric lines in a file and as objects of a bucket."""
 
 import pytest
+from etils import epath
 from runs import empty_bucket
 
 from skipinit_jax.training.lines import Lines
@@ -40,6 +41,21 @@ def test_a_run_that_goes_on_writes_later_lines_again(workdir):
     {'step': 4, 'number': 1},
     {'step': 6, 'again': True},
   ]
+
+
+def test_a_damaged_object_is_counted_and_kept(workdir):
+  if not isinstance(workdir, str):
+    return  # A file's damage: test_damaged_states.
+  written(workdir, 2, 4, 6)
+  folder = epath.Path(workdir) / 'metrics'
+  (folder / '0000000004-0000000001.json').write_text('{"step": 4, "num')
+  lines = Lines(workdir)
+  (said,) = lines.take_up(6)
+  lines.append({'step': 6, 'number': 3})  # Under a name of its own.
+  assert '1 of 3 lines can not be read' in said
+  assert [line['number'] for line in Lines(workdir).read()] == [0, 2, 3]
+  aside = epath.Path(workdir) / 'damaged-metrics/0000000004-0000000001.json'
+  assert aside.read_text() == '{"step": 4, "num'
 
 
 def test_numbers_that_are_not_finite_become_null(workdir):

@@ -21,7 +21,7 @@ OF_DATA = ('shift', 'flip', 'area', 'aspect', 'cutout', 'mixup', 'cutmix')
 # The optimizer's state has a part for each of these that is set.
 PARTS = (
   *('ema_decay', 'optimizer.l2', 'optimizer.clip_norm'),
-  'optimizer.adaptive_clip',
+  *('optimizer.adaptive_clip', 'optimizer.reduced_rate'),
 )
 RATE = ('optimizer.learning_rate', 'optimizer.reference_batch')
 SHOWN = 2  # Of the fields that differ, in an error.

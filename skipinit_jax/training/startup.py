@@ -124,8 +124,9 @@ def open_workdir(
     check_changes(workdir, new, steps[-1], total)
   elif theirs is None and (workdir / RESULT).exists():
     raise InputError(
-      f'{damage or f"{workdir} has no {CONFIG}"}; nothing tells of which config '
-      f'its {RESULT} is, and there is no checkpoint; choose another --workdir'
+      f'{damage or f"{workdir} has no {CONFIG}"}; nothing tells of which '
+      f'config {RESULT} is, and there is no checkpoint; choose another '
+      '--workdir'
     )
   if jax.process_index() == 0:
     try:
