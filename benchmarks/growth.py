@@ -9,7 +9,6 @@ on what is here, all in one process and interleaved; it writes OUT.json. `draw`
 makes OUT.png of that.
 """
 
-import argparse
 import importlib.metadata
 import json
 import statistics
@@ -22,6 +21,7 @@ import tqdm
 
 from benchmarks import peers
 from benchmarks.throughput import describe, our_step
+from skipinit_jax import cli
 from skipinit_jax.ahead_of_time.chips import GIB, topology
 from skipinit_jax.ahead_of_time.measure import measure
 from skipinit_jax.styles import STYLES
@@ -180,15 +180,19 @@ def plot(axes, xs, ys, style, label, bars=None) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('action', choices=('run', 'draw'))
-  parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--out', type=Path, default=Path('growth'))
+  parser.add_argument('--rounds', type=cli.number(int, 1, 10**6), default=5)
+  parser.add_argument('--out', type=cli.file, default=Path('growth'))
   args = parser.parse_args()
   file = args.out.with_suffix('.json')
   if args.action == 'run':
     file.write_text(json.dumps(run(args.rounds), indent=1) + '\n')
-  draw(json.loads(file.read_text()), args.out.with_suffix('.png'))
+  try:
+    report = json.loads(file.read_text())
+  except (OSError, ValueError) as error:
+    cli.refuse(f'--out={args.out}: {file} holds no figures: {error}')
+  draw(report, args.out.with_suffix('.png'))
 
 
 if __name__ == '__main__':

@@ -38,6 +38,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import peers
 from benchmarks.input_pipeline import machine
+from skipinit_jax import cli
 from skipinit_jax.ahead_of_time.measure import stand_in
 from skipinit_jax.training.config import check_config, peak_rate
 from skipinit_jax.training.devices import (
@@ -283,11 +284,16 @@ def describe() -> dict[str, Any]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--cases', nargs='+', help='such as resnet50:128')
-  parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--seconds', type=float, default=5, help='of a timing')
-  parser.add_argument('--out', type=Path, default=Path('throughput'))
+  parser.add_argument('--rounds', type=cli.number(int, 1, 10**6), default=5)
+  parser.add_argument(
+    '--seconds',
+    type=cli.number(float, 1e-3, 10**6),
+    default=5,
+    help='of a timing',
+  )
+  parser.add_argument('--out', type=cli.file, default=Path('throughput'))
   parser.add_argument('--serve', nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.serve:
@@ -301,7 +307,9 @@ def main() -> None:
   for case in cases:
     model, _, batch_size = case.partition(':')
     if model not in DATA or not batch_size.isdecimal():
-      parser.error(f'case {case!r}: expected {" or ".join(DATA)}, :, a batch')
+      parser.error(
+        f'--cases {case!r}: expected {" or ".join(DATA)}, :, a batch'
+      )
   report['cases'] = run(cases, report['platform'], args.rounds, args.seconds)
   text = json.dumps(report, indent=1) + '\n'
   args.out.with_suffix('.json').write_text(text)

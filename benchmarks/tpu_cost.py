@@ -10,7 +10,6 @@ example, in the compiler's bytes accessed, bytes to and from HBM (see
 `skipinit_jax.ahead_of_time.hlo`) and activations.
 """
 
-import argparse
 import functools
 import importlib.metadata
 import json
@@ -31,6 +30,7 @@ from benchmarks.peers import (
   example_step,
   recipe,
 )
+from skipinit_jax import cli
 from skipinit_jax.ahead_of_time.chips import GIB, Slice, topology
 from skipinit_jax.ahead_of_time.measure import cost, measure
 from skipinit_jax.training.devices import map_over_devices
@@ -85,13 +85,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--topology', default='v5e:2x2')
   parser.add_argument('--rows', nargs='+', default=ROWS, choices=ROWS)
-  parser.add_argument('--out', type=Path, default=Path('tpu_cost'))
+  parser.add_argument('--out', type=cli.file, default=Path('tpu_cost'))
   args = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
-  where = topology(args.topology)
+  with cli.errors_in_one_line():
+    where = topology(args.topology)
   report = {
     'topology': where.name,
     'batch_per_chip': BATCH,

@@ -8,21 +8,21 @@ Writes the times of every round in milliseconds, their medians, and what a look
 every 100 steps adds to a step in percent; compiling is left out.
 """
 
-import argparse
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import tqdm
+from ml_collections import ConfigDict
 
 from benchmarks.input_pipeline import machine
+from skipinit_jax import cli
 from skipinit_jax.data import open_dataset
-from skipinit_jax.training.config import peak_rate
+from skipinit_jax.training.config import build_model, peak_rate
 from skipinit_jax.training.devices import replicate, tell
 from skipinit_jax.training.lines import write_json
 from skipinit_jax.training.program import make_program
@@ -34,12 +34,16 @@ EVERY = 100
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--depths', type=int, nargs='+', default=[16, 100])
-  parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--steps', type=int, default=20, help='a round')
-  parser.add_argument('--out', type=Path, required=True)
+  count = cli.number(int, 1, 10**6)
+  parser = cli.Parser(description=__doc__.splitlines()[0])
+  parser.add_argument('--depths', type=count, nargs='+', default=[16, 100])
+  parser.add_argument('--rounds', type=count, default=7)
+  parser.add_argument('--steps', type=count, default=20, help='a round')
+  parser.add_argument('--out', type=cli.file, required=True)
   args = parser.parse_args()
+  with cli.errors_in_one_line():
+    for depth in args.depths:
+      build_model(recipe(depth), 10)
   result = {
     'command': ' '.join(['python', '-m', 'benchmarks.watching', *sys.argv[1:]]),
     'machine': machine(),
@@ -91,8 +95,12 @@ def looker(depth: int) -> Callable[[], Any]:
   return lambda: program.watch_step(state, batch, tell())
 
 
+def recipe(depth: int) -> ConfigDict:
+  return set_fields(load_recipe('digits'), {'model.depth': depth})
+
+
 def run(depth: int) -> tuple[Any, Any, Any]:
-  config = set_fields(load_recipe('digits'), {'model.depth': depth})
+  config = recipe(depth)
   data = open_dataset(config.data)
   program = make_program(config, data)
   state = initial_state(program, config, data, config.seed, peak_rate(config))

@@ -3,7 +3,11 @@
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable
+from pathlib import Path
+
+BUCKETS = ('gs', 's3', 'az')
 
 # What a file system answers that is full or broken, not badly chosen.
 FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -32,6 +36,48 @@ def unknown(what: str, value: object, known: Iterable[str]) -> str:
   "unknown color 'rde'; did you mean 'red'? (one of: red, blue)"
   """
   known = list(known)
-  nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+  # Of a long value no more: comparing takes the time of its square.
+  text = str(value)[:100]
+  nearest = difflib.get_close_matches(text, known, n=1, cutoff=0.5)
   hint = f'; did you mean {nearest[0]!r}?' if nearest else ''
   return f'unknown {what} {value!r}{hint} (one of: {", ".join(known)})'
+
+
+def check_folder(name: str | os.PathLike, buckets: bool = False) -> str:
+  """The name of a folder that can be written to, with ~ as the home folder.
+
+  Args:
+    name: of a folder, which need not exist.
+    buckets: whether the address of an object store will do.
+
+  Raises:
+    InputError: a file is in its place, or it can't be made; nothing is written.
+  """
+  text = os.fspath(name)
+  if not text.strip():
+    raise InputError(f'{text!r}: expected the name of a folder')
+  scheme = re.match(r'([\w+.-]+)://', text)
+  if scheme and buckets and scheme[1] in BUCKETS:
+    return text
+  if scheme:
+    stores = ' or '.join(f'{b}://' for b in BUCKETS)
+    raise InputError(
+      f'{text!r}: {scheme[0]} is not supported here; expected a folder'
+      + (f' or an address that begins with {stores}' if buckets else '')
+    )
+  path = Path(os.path.expanduser(text))
+  try:
+    there = path
+    while not (there.exists() or there.is_symlink()):
+      there = there.parent
+    is_folder = there.is_dir()
+  except (OSError, ValueError) as error:
+    reason = getattr(error, 'strerror', None) or str(error)
+    raise InputError(f'{text!r}: {reason}') from None
+  if text.startswith('~') and str(path).startswith('~'):
+    raise InputError(f'{text!r}: no such user; expected a folder')
+  if not is_folder:
+    raise InputError(f'{text!r}: {there} is a file; expected a folder')
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise InputError(f'{text!r}: {there} may not be written to')
+  return str(path)

@@ -14,11 +14,9 @@ The program normalizes the images itself and takes any batch size. To run it:
   logits = exported.call(images)
 """
 
-import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ import jaxlib
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from skipinit_jax import cli
 from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.errors import InputError, RunError, unknown
 from skipinit_jax.models.fold import fold
@@ -57,7 +56,6 @@ FIELDS = (
 # CPUs products of float32 are taken in TF32 or bfloat16.
 BATCHES = (1, 3)
 TOLERANCE, TOLERANCE_ELSEWHERE = 1e-3, 5e-2
-FAILED, BAD_INPUT = 1, 2
 
 # And its variables, {'params': ..., 'batch_stats': ...}.
 Network = tuple[ResNet, dict[str, Any]]
@@ -280,14 +278,16 @@ def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def main() -> None:
   """Parses, exports, and ends in one line where that can't be."""
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog='python -m skipinit_jax.export',
     description='Writes a trained network as StableHLO and as safetensors.',
   )
   parser.add_argument(
     '--checkpoint', required=True, help='a run, or RUN/checkpoints/STEP'
   )
-  parser.add_argument('--out', required=True, help='the folder to write to')
+  parser.add_argument(
+    '--out', type=cli.folder, required=True, help='the folder to write to'
+  )
   parser.add_argument(
     '--platforms',
     default=','.join(DEFAULT_PLATFORMS),
@@ -297,28 +297,25 @@ def main() -> None:
     '--unfolded', action='store_true', help='keep the scalars as they are'
   )
   args = parser.parse_args()
-  try:
+  with cli.errors_in_one_line():
     described = export(
       args.checkpoint, args.out, args.platforms.split(','), not args.unfolded
     )
-  except (InputError, RunError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(BAD_INPUT if isinstance(error, InputError) else FAILED)
   print(_summary(described, args.out))
 
 
-def _summary(described: Mapping[str, Any], out: str) -> str:
+def _summary(described: Mapping[str, Any], out: Path) -> str:
   """The lines that the command ends with."""
   folded, platforms = described['folded'], ', '.join(described['platforms'])
   gain = '' if folded['gain'] == 1 else f' and the gain {folded["gain"]:.4g}'
   errors = '\n'.join(
-    f'{Path(out) / name}: read again, largest relative error {error:.1e}'
+    f'{out / name}: read again, largest relative error {error:.1e}'
     for name, error in described['largest_relative_errors'].items()
   )
   return (
     f'step {described["step"]:,}, parameters: {described["parameters"]}; '
     f'folded {len(folded["leaves"])} scalars{gain}\n{errors}\n'
-    f'done: {Path(out) / DESCRIPTION}, for {platforms}'
+    f'done: {out / DESCRIPTION}, for {platforms}'
   )
 
 

@@ -71,7 +71,7 @@ def test_sizes_and_lengths_are_positive(field, value):
   config = recipe(**{field: value})
   message = refused(check_config, config, 4)
   assert f'{field.replace("__", ".")}={value}' in message
-  assert 'more than 0' in message
+  assert 'expected a finite number from' in message
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,15 @@ def test_true_shares_are_between_0_and_1(field, value):
 def test_not_negative(field):
   message = refused(check_config, recipe(**{field: -1}), 4)
   assert f'{field.replace("__", ".")}=-1' in message
-  assert 'at least 0' in message
+  assert 'expected a finite number that is 0 or from' in message
 
 
 @pytest.mark.parametrize('seed', [-1, 2**32])
 def test_a_seed_has_32_bits(seed):
   message = refused(check_config, recipe(seed=seed), 4)
-  assert message == f'seed={seed} must be from 0 to 2**32 - 1 and finite'
+  assert message == (
+    f'seed={seed}: expected a finite number from 0 to 4294967295'
+  )
   check_config(recipe(seed=2**32 - 1), 4)
 
 

@@ -1,5 +1,6 @@
 """The documentation: its code runs, its commands parse, its site is whole."""
 
+import functools
 import html.parser
 import importlib.util
 import json
@@ -11,7 +12,6 @@ import sys
 import urllib.parse
 
 import pytest
-from absl import flags
 from runs import ROOT
 from test_report_browser import CHROMIUM, PHONE, chromium
 
@@ -21,6 +21,7 @@ from skipinit_jax.analysis import __main__ as analysis
 from skipinit_jax.data import __main__ as data
 from skipinit_jax.experiments import __main__ as experiments
 from skipinit_jax.experiments.studies import find_study
+from skipinit_jax.training import __main__ as training
 from skipinit_jax.training.recipes import parse_overrides
 
 PAGES = sorted(ROOT.glob('docs/*.md'))
@@ -67,17 +68,12 @@ def commands(path):
           yield rest[0], rest[1:]
 
 
-def parse_absl(arguments):
-  recipe, fields = 'digits', []
-  for argument in arguments:
-    flag, _, value = argument.removeprefix('--').partition('=')
-    if flag == 'config':
-      recipe = value
-    elif flag.startswith('config.'):
-      fields.append(argument)
-    else:
-      flags.FLAGS[flag].parser.parse(value or 'true')
-  parse_overrides(recipe, fields)
+def parse_training(command, arguments):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, 'argv', ['train.py', *arguments])
+    # The folders of the examples.
+    patch.setattr(os, 'access', lambda *_: True)
+    training.parse(command.parser())
 
 
 def parse_study(arguments):
@@ -114,8 +110,10 @@ def parse_export(arguments):
 
 
 PARSERS = {
-  'skipinit_jax.training': parse_absl,
-  'skipinit_jax.ahead_of_time': parse_absl,
+  'skipinit_jax.training': functools.partial(parse_training, training),
+  'skipinit_jax.ahead_of_time': functools.partial(
+    parse_training, ahead_of_time
+  ),
   'skipinit_jax.experiments': parse_study,
   'skipinit_jax.data': lambda arguments: data._parser().parse_args(arguments),
   'skipinit_jax.analysis': parse_analysis,
@@ -125,7 +123,6 @@ PARSERS = {
 
 @pytest.mark.parametrize('page', with_blocks('sh'), ids=name)
 def test_commands_of_a_page_parse(page):
-  assert ahead_of_time.main  # Which has defined its flags.
   for module, arguments in commands(page):
     if module in PARSERS:
       PARSERS[module](arguments)

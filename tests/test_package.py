@@ -22,7 +22,7 @@ LAYERS = {
   'experiments': {'models', 'data', 'training', 'ahead_of_time'},
   'analysis': {'models', 'data', 'training'},
 }
-SHARED = {'errors', 'files', 'published', 'styles', 'version'}
+SHARED = {'cli', 'errors', 'files', 'published', 'styles', 'version'}
 
 
 def imports(path):

@@ -39,9 +39,12 @@ from skipinit_jax.styles import STYLES
 from skipinit_jax.training.config import (
   build_model,
   check_config,
+)
+from skipinit_jax.training.recipes import (
+  load_recipe,
+  parse_overrides,
   recipe_path,
 )
-from skipinit_jax.training.recipes import load_recipe, parse_overrides
 
 GRIDS = [(s, d) for s in STUDIES for d in STUDIES[s].grids]
 

@@ -4,64 +4,79 @@
     --topology=v5e:16x16
 """
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import logging
 
+from skipinit_jax import cli
 from skipinit_jax.ahead_of_time.chips import GIB, topology
 from skipinit_jax.ahead_of_time.measure import (
+  check,
   find_batch,
   find_micro_batches,
   measure,
   remedy,
 )
-from skipinit_jax.errors import InputError
 from skipinit_jax.training import __main__ as training
 from skipinit_jax.training.lines import write_json
 
-_TOPOLOGY = flags.DEFINE_string(
-  'topology', 'v5e:2x2', 'What to compile for: a chip and its slice.'
-)
-_JSON = flags.DEFINE_string('json', None, 'File to write all figures to.')
-_FIND_BATCH = flags.DEFINE_bool(
-  'find_batch', False, 'Find the largest power-of-two batch that fits.'
-)
-_FIND_MICRO_BATCHES = flags.DEFINE_bool(
-  'find_micro_batches', False, 'Compare 1, 2, 4 and 8 micro-batches.'
-)
+
+def parser() -> cli.Parser:
+  """The flags."""
+  flags = cli.Parser(
+    prog='python -m skipinit_jax.ahead_of_time',
+    description="What a recipe's step would cost on a TPU slice.",
+    epilog="The recipe's fields are set as in --config.batch_size=256.",
+  )
+  flags.add_argument('--config', default='digits', help='recipe')
+  flags.add_argument(
+    '--topology', default='v5e:2x2', help='what to compile for (%(default)s)'
+  )
+  flags.add_argument(
+    '--json', type=cli.file, help='file to write all figures to'
+  )
+  flags.add_argument(
+    '--find-batch',
+    '--find_batch',
+    action='store_true',
+    help='find the largest power-of-two batch that fits',
+  )
+  flags.add_argument(
+    '--find-micro-batches',
+    '--find_micro_batches',
+    action='store_true',
+    help='compare 1, 2, 4 and 8 micro-batches',
+  )
+  return flags
 
 
-def main(argv: list[str]) -> None:
+def run() -> None:
   """Compiles, prints, and writes the JSON file."""
-  del argv
+  logging.set_verbosity(logging.ERROR)
+  args, config = training.parse(parser())
   # Nothing is computed: an accelerator that is here is left alone.
   jax.config.update('jax_platforms', 'cpu')
-  config = flags.FLAGS['config'].value
-  try:
-    output = _open(_JSON.value)
-    where = topology(_TOPOLOGY.value)
-    if _FIND_BATCH.value:
+  with cli.errors_in_one_line():
+    check(config)
+    where = topology(args.topology)
+    if args.find_batch:
       batch, results = find_batch(config, where)
       figures: Any = {'batch_size': batch, 'tried': results}
       print(table(results))
       print(_largest(batch, where.chips))
-    elif _FIND_MICRO_BATCHES.value:
+    elif args.find_micro_batches:
       figures = results = find_micro_batches(config, where)
       print(table(results))
     else:
       figures = measure(config, where)
       results = [figures]
       print(lines(figures))
-  except InputError as error:
-    training._exit(str(error))
-  if output:
-    write_json(output, figures)
+  if args.json:
+    write_json(args.json, figures)
   if not any(result['fits'] for result in results):
     config.micro_batches = results[-1]['micro_batches']
-    training._exit(remedy(results[-1], config), training.FAILED)
+    cli.refuse(remedy(results[-1], config), cli.FAILED)
 
 
 def lines(result: dict[str, Any], indent: str = '') -> str:
@@ -111,29 +126,6 @@ def _number(name: str, value: Any) -> str:
   if isinstance(value, float):
     return f'{value:.4g}'
   return str(value)
-
-
-def _open(name: str | None) -> Path | None:
-  """The file to write, known to be writable before minutes of compiling."""
-  if name is None:
-    return None
-  try:
-    with open(name, 'a'):
-      return Path(name)
-  except OSError as error:
-    raise InputError(f'can not write {name}: {error.strerror}') from None
-
-
-def run() -> None:
-  """Entry point."""
-  logging.set_verbosity(logging.ERROR)
-  args = [a.replace('--find-', '--find_', 1) for a in sys.argv[1:]]
-  args = [a.replace('_micro-batches', '_micro_batches', 1) for a in args]
-  try:
-    sys.argv[1:] = training._with_recipe_path(args)
-  except InputError as error:
-    training._exit(str(error))
-  app.run(main, flags_parser=training.parse)
 
 
 if __name__ == '__main__':

@@ -15,11 +15,16 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.ahead_of_time import hlo
 from skipinit_jax.ahead_of_time.chips import GIB, Slice
+from skipinit_jax.data import check_fields
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.data.sources import augmentation
 from skipinit_jax.data.stream import Stream
 from skipinit_jax.errors import InputError
-from skipinit_jax.training.config import check_config, less_memory
+from skipinit_jax.training.config import (
+  build_model,
+  check_config,
+  less_memory,
+)
 from skipinit_jax.training.program import make_program
 from skipinit_jax.training.startup import initial_state
 
@@ -63,6 +68,7 @@ def stand_in(config: ConfigDict) -> StandIn:
   Raises:
     InputError: the recipe does not say how large its data set is.
   """
+  check_fields(config)
   side, channels, classes, train_size = SIZES.get(config.name, (0, 3, 0, 0))
   side = config.get('image_size', side)
   shape = config.get('height', side), config.get('width', side)
@@ -80,9 +86,17 @@ def stand_in(config: ConfigDict) -> StandIn:
     num_classes=classes,
     image_shape=shape,
     train_size=train_size - config.validation,
-    augmentation=augmentation(config, classes, *np.full((2, shape[-1]), 127.5)),
+    augmentation=augmentation(
+      config, classes, shape, *np.full((2, shape[-1]), 127.5)
+    ),
     input_axis=0 if streamed else None,
   )
+
+
+def check(config: ConfigDict) -> None:
+  """Raises InputError for a recipe that can't be on any slice."""
+  check_config(config, 1)
+  build_model(config, stand_in(config.data).num_classes, 'tpu')
 
 
 def measure(

@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
+from skipinit_jax import cli
 from skipinit_jax.analysis import (
   along,
   curvature,
@@ -28,18 +31,23 @@ from skipinit_jax.analysis import (
   shattered,
 )
 from skipinit_jax.analysis.capture import capture
+from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.training import train
-from skipinit_jax.training.config import build_method
+from skipinit_jax.training.config import (
+  build_method,
+  build_model,
+  check_config,
+)
 from skipinit_jax.training.lines import write_json
 from skipinit_jax.training.recipes import (
   load_recipe,
   parse_overrides,
   set_fields,
 )
-from skipinit_jax.training.saved import Saved, load_run
+from skipinit_jax.training.saved import Saved, find_checkpoint, load_run
+from skipinit_jax.training.timetable import make_timetable
 
-BAD_INPUT = 2
 # What the paths and the lesions compare, and the fields that make it.
 METHODS = {
   'batchnorm': {'model.method': 'batchnorm'},
@@ -61,7 +69,7 @@ DIGITS = {
 
 def main() -> None:
   """Parses, and ends in one line where the input is bad."""
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog='python -m skipinit_jax.analysis',
     description='Why the scalar works: signals, paths, gradients.',
   )
@@ -73,16 +81,12 @@ def main() -> None:
   )
   parser.add_argument(
     '--checkpoint',
-    type=Path,
     help='a run to look at instead, or one of its folders checkpoints/STEP',
   )
-  parser.add_argument('--out', type=Path, default=Path('runs/analysis'))
+  parser.add_argument('--out', type=cli.folder, default=Path('runs/analysis'))
   args, rest = parser.parse_known_args()
-  try:
+  with cli.errors_in_one_line():
     run(args, rest)
-  except InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(BAD_INPUT)
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
@@ -92,6 +96,12 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
   overrides = parse_overrides(args.config, rest)
   fields = (DIGITS if args.config == 'digits' else {}) | overrides
   config = set_fields(load_recipe(args.config), fields)
+  checkpoint = args.checkpoint
+  if checkpoint is None:
+    check(config)
+  else:
+    find_checkpoint(checkpoint)
+    checkpoint = epath.Path(checkpoint).expanduser()
   try:
     args.out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -99,11 +109,20 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
   for kind in KINDS if args.kind == 'all' else [args.kind]:
     start = time.perf_counter()
     print(f'{kind} ...', file=sys.stderr, flush=True)
-    measured, drawn = KINDS[kind](config, args.checkpoint, args.out)
+    measured, drawn = KINDS[kind](config, checkpoint, args.out)
     write_json(args.out / f'{kind}.json', plain(measured))
     seconds = time.perf_counter() - start
     names = ', '.join(path.name for path in drawn)
     print(f'{kind}: {names}, {seconds:.0f} s', file=sys.stderr, flush=True)
+
+
+def check(config: ConfigDict) -> None:
+  """Raises InputError for a recipe that can't be run with each method."""
+  data = open_dataset(config.data)
+  for _, each in _each(config, METHODS):
+    check_config(each, jax.device_count())
+    build_model(each, data.num_classes)
+    make_timetable(each, data.train_size)
 
 
 def of_propagation(config: ConfigDict, checkpoint: Path | None, out: Path):

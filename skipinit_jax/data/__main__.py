@@ -3,8 +3,8 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from skipinit_jax import cli
 from skipinit_jax.data import imagenet
 from skipinit_jax.data.check import check
 from skipinit_jax.data.convert import convert
@@ -12,25 +12,21 @@ from skipinit_jax.data.prepare import DOWNLOADED, prepare
 from skipinit_jax.data.records import local_path
 from skipinit_jax.errors import InputError
 
-BAD_INPUT, BROKEN, INTERRUPTED = 2, 1, 130  # Exit statuses.
-
-
-class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line."""
-
-  def error(self, message: str) -> NoReturn:
-    self.exit(BAD_INPUT, f'error: {message} (see {self.prog} --help)\n')
+BROKEN, INTERRUPTED = 1, 130  # Exit statuses.
 
 
 def _folder(value: str) -> Path:
   try:
+    if not value.strip():
+      raise InputError(f'{value!r}: expected the name of a folder')
     return local_path(value)
   except InputError as error:  # argparse has a line of its own for these.
     raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(prog='python -m skipinit_jax.data', description=__doc__)
+  parser = cli.Parser(prog='python -m skipinit_jax.data', description=__doc__)
+  workers = cli.number(int, 0, 2**10)
   commands = parser.add_subparsers(required=True, metavar='command')
 
   command = commands.add_parser(
@@ -38,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   command.add_argument('name', choices=[imagenet.NAME, *DOWNLOADED])
   command.add_argument(
-    '--data-dir', type=_folder, required=True, help='where data sets live'
+    '--data-dir', type=cli.folder, required=True, help='where data sets live'
   )
   command.add_argument(
     '--manual-dir', type=_folder, help="folder of imagenet2012's two archives"
@@ -54,8 +50,10 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     'source', type=_folder, help='prepared folder, NAME/VERSION'
   )
-  command.add_argument('target', type=_folder, help='new folder, NAME/VERSION')
-  command.add_argument('--workers', type=int, help='default: all cores')
+  command.add_argument(
+    'target', type=cli.folder, help='new folder, NAME/VERSION'
+  )
+  command.add_argument('--workers', type=workers, help='default: all cores')
   command.set_defaults(run=_convert)
 
   command = commands.add_parser(
@@ -64,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument('name', help="a tfds data set, or 'folder'")
   command.add_argument('--data-dir', type=_folder, required=True)
   command.add_argument(
-    '--workers', type=int, default=0, help='default: all cores'
+    '--workers', type=workers, default=0, help='default: all cores'
   )
   command.add_argument(
     '--allow-counts', action='store_true', help=argparse.SUPPRESS
@@ -98,11 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     return args.run(args)
   except InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return BAD_INPUT
+    cli.refuse(str(error))
   except OSError as error:
-    print(f'error: {error.filename or ""}: {error.strerror}', file=sys.stderr)
-    return BAD_INPUT
+    cli.refuse(f'{error.filename or ""}: {error.strerror}')
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     return INTERRUPTED

@@ -11,9 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from skipinit_jax.data.extras import require
+from skipinit_jax.data.records import INFO, read_info
 from skipinit_jax.errors import InputError
-
-INFO = 'dataset_info.json'
 
 
 def convert(source: Path, target: Path, workers: int | None = None) -> str:
@@ -40,7 +39,7 @@ def convert(source: Path, target: Path, workers: int | None = None) -> str:
     raise InputError(f'{source} is no prepared data set: it has no {INFO}')
   if target.exists():
     raise InputError(f'{target} exists; name a folder that does not')
-  info = json.loads((source / INFO).read_text())
+  info = read_info(source)
   if info.get('fileFormat', 'tfrecord') != 'tfrecord':
     raise InputError(f'{source} holds {info["fileFormat"]}, not tfrecord')
   splits = tfds.builder_from_directory(source).info.splits.values()

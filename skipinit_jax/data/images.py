@@ -1,7 +1,6 @@
 """ImageNet-like data: batches of decoded crops, through Grain."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -18,12 +17,13 @@ from skipinit_jax.data.records import (
   Source,
   check_label,
   hold_out,
-  open_source,
+  source_of,
   spread,
 )
 from skipinit_jax.errors import InputError, RunError
 
 NEIGHBOURS = 100  # So many records are tried in place of a broken one.
+MOST_ASPECT = 100  # Width by height of a random crop.
 SAMPLED = 64  # Records that are read when a data set is opened.
 LISTED = 3  # Broken images that an error names; all are named as they occur.
 
@@ -330,7 +330,7 @@ def open_images(config: ConfigDict) -> Images:
   for name in ('grain', 'simplejpeg', 'cv2', 'PIL.Image'):
     require(name)
   _check_values(config)
-  source = open_source(config.name, config.dir)
+  source = source_of(config)
   train = _open(source, config.train_split, config.train_size)
   if config.validation:
     train, evaluation = hold_out(train, config.validation, config.name)
@@ -372,16 +372,26 @@ def _open(source: Source, split: str, size: int) -> Records:
 def _check_values(config: ConfigDict) -> None:
   """Raises InputError for values that no data set can have."""
   for field in ('area', 'aspect'):
-    low, high = config[field]
-    if not 0 < low <= high < math.inf or (field == 'area' and high > 1):
-      raise InputError(f'data.{field}={low, high} is not a range above 0')
-  if config.image_size < 1 or config.eval_resize < config.image_size:
-    raise InputError(
-      f'data.eval_resize={config.eval_resize} must be at least '
-      f'data.image_size={config.image_size}, and that at least 1'
-    )
-  for field in ('workers', 'validation', 'train_size', 'eval_size'):
-    if config[field] < 0:
-      raise InputError(f'data.{field}={config[field]} must be 0 or more')
-  if not 0 <= config.bad_share <= 1:
-    raise InputError(f'data.bad_share={config.bad_share} must be in [0, 1]')
+    value, most = config[field], 1 if field == 'area' else MOST_ASPECT
+    numbers = [v for v in value if isinstance(v, int | float)]
+    low, high = numbers if len(value) == len(numbers) == 2 else (0, 0)
+    if not 1e-6 <= low <= high <= most:
+      raise InputError(
+        f'data.{field}={value}: expected two numbers, the lower one first, '
+        f'above 0 and at most {most}'
+      )
+  for field, least, most in (
+    ('image_size', 1, 2**12),
+    ('eval_resize', config.image_size, 2**13),
+    ('workers', 0, 2**10),
+    ('validation', 0, 2**31 - 1),
+    ('train_size', 0, 2**31 - 1),
+    ('eval_size', 0, 2**31 - 1),
+    ('bad_share', 0, 1),
+  ):
+    if not least <= config[field] <= most:
+      of = ', data.image_size,' if field == 'eval_resize' else ''
+      raise InputError(
+        f'data.{field}={config[field]}: expected a number from {least}{of} to '
+        f'{most}'
+      )

@@ -7,14 +7,16 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from skipinit_jax.data.extras import require
 from skipinit_jax.data.reading import Unreadable, again, read_image
 from skipinit_jax.errors import InputError, RunError, unknown
 
+INFO = 'dataset_info.json'
 SUFFIXES = ('.jpeg', '.jpg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff')
 # How array_record tells that a call of the system failed, not a checksum.
 _FAILED = re.compile(
@@ -148,7 +150,7 @@ def local_path(folder: str | os.PathLike) -> Path:
       f'{folder} is a bucket, but records are read at random places: mount it '
       '(gcsfuse with a file cache) or attach a disk, and give that folder'
     )
-  return Path(folder).expanduser()
+  return Path(os.path.expanduser(folder))
 
 
 def open_source(name: str, folder: str | os.PathLike) -> Source:
@@ -163,9 +165,23 @@ def open_source(name: str, folder: str | os.PathLike) -> Source:
     InputError: it is not there, or can't be read; the line says what to do.
   """
   if not os.fspath(folder):
-    raise InputError(f'data.dir is empty: the folder of {name}')
+    raise InputError(f'expected the folder of {name}')
+  if not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)*', name):
+    raise InputError(f'{name!r} is no name of a data set')
   path = local_path(folder)
+  try:
+    path.is_dir()
+  except OSError as error:
+    raise InputError(f'{folder}: {error.strerror}') from None
   return _open_folder(path) if name == 'folder' else _open_tfds(name, path)
+
+
+def source_of(config: ConfigDict) -> Source:
+  """The source of a recipe's `data`; see `open_source`."""
+  try:
+    return open_source(config.name, config.dir)
+  except InputError as error:
+    raise InputError(f'data.dir={config.dir}: {error}') from None
 
 
 def _open_folder(folder: Path) -> Source:
@@ -199,9 +215,7 @@ def _open_tfds(name: str, folder: Path) -> Source:
   tfds = require('tensorflow_datasets')
   require('array_record')
   prepared = find_prepared(name, folder)
-  file_format = json.loads((prepared / 'dataset_info.json').read_text()).get(
-    'fileFormat', 'tfrecord'
-  )
+  file_format = read_info(prepared).get('fileFormat', 'tfrecord')
   if file_format != 'array_record':
     raise InputError(
       f'{prepared} holds {file_format} files, which can not be read at random '
@@ -222,9 +236,21 @@ def _open_tfds(name: str, folder: Path) -> Source:
     if base not in builder.info.splits:
       raise InputError(unknown('split', split, builder.info.splits))
     _check_files(builder.info.splits[base])
-    return TfdsRecords(builder, split)
+    try:
+      return TfdsRecords(builder, split)
+    except (ValueError, AssertionError) as error:  # As in train[:
+      raise InputError(f'split {split!r} of {name}: {error}') from None
 
   return Source(name, list(builder.info.splits), classes, open_split)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+  """What tfds wrote on a prepared set; InputError where that is damaged."""
+  path = folder / INFO
+  try:
+    return dict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise InputError(f'{path} is damaged: {error}') from None
 
 
 def find_prepared(name: str, folder: Path) -> Path:

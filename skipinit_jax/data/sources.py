@@ -20,11 +20,22 @@ from skipinit_jax.data.records import (
   check_label,
   find_prepared,
   local_path,
-  open_source,
+  source_of,
 )
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.errors import InputError
 from skipinit_jax.files import commit
+
+# Of synthetic images: the most of each, and bytes in all.
+SIZES = {
+  'height': 4096,
+  'width': 4096,
+  'channels': 4096,
+  'num_classes': 10**6,
+  'train_size': 2**31 - 1,
+  'eval_size': 2**31 - 1,
+}
+LARGEST = 2**34
 
 
 def digits(config: ConfigDict) -> Resident:
@@ -50,7 +61,7 @@ def cifar(config: ConfigDict) -> Resident:
   The PNGs are decoded once, to a file beside them that later runs read and
   compare with its digest.
   """
-  source = open_source(config.name, config.dir)
+  source = source_of(config)
   train, evaluation = (
     _decoded(config, source, split) for split in ('train', 'test')
   )
@@ -123,18 +134,20 @@ def _digest(images: np.ndarray, labels: np.ndarray) -> str:
 
 def synthetic(config: ConfigDict) -> Resident:
   """Random images and labels of any shape, for smoke tests and benchmarks."""
-  sizes = {
-    field: config[field]
-    for field in (
-      *('height', 'width', 'channels'),
-      *('num_classes', 'train_size', 'eval_size'),
-    )
-  }
-  for field, value in sizes.items():
-    if value < 1:
-      raise InputError(f'data.{field}={value} must be 1 or more')
+  for field, most in SIZES.items():
+    if not 1 <= config[field] <= most:
+      raise InputError(
+        f'data.{field}={config[field]}: expected a number from 1 to {most}'
+      )
   rng = np.random.default_rng(0)
   shape = config.height, config.width, config.channels
+  images = config.train_size + config.eval_size
+  if (needed := images * math.prod(shape)) > LARGEST:
+    raise InputError(
+      f'data.train_size={config.train_size} and data.eval_size='
+      f'{config.eval_size} images of {shape} are {needed:.3g} bytes; expected '
+      f'at most {LARGEST:.3g}'
+    )
 
   def draw(n):
     images = rng.integers(0, 256, (n, *shape), dtype=np.uint8)
@@ -169,7 +182,9 @@ def _resident(
     labels=labels,
     eval_images=eval_images,
     eval_labels=eval_labels,
-    augmentation=augmentation(config, num_classes, *_moments(images)),
+    augmentation=augmentation(
+      config, num_classes, images.shape[1:], *_moments(images)
+    ),
   )
 
 
@@ -181,10 +196,21 @@ def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def augmentation(
-  config: ConfigDict, num_classes: int, mean: np.ndarray, std: np.ndarray
+  config: ConfigDict,
+  num_classes: int,
+  image_shape: tuple[int, ...],
+  mean: np.ndarray,
+  std: np.ndarray,
 ) -> Augmentation:
   """What `config` (a recipe's `data`) says happens on the device."""
-  for field in ('shift', 'cutout', 'mixup', 'cutmix'):
+  side = min(image_shape[:2])
+  for field in ('shift', 'cutout'):
+    if not 0 <= config[field] <= side:
+      raise InputError(
+        f'data.{field}={config[field]}: expected a number of pixels from 0 to '
+        f'{side}, the side of an image'
+      )
+  for field in ('mixup', 'cutmix'):
     if not 0 <= config[field] < math.inf:
       raise InputError(f'data.{field}={config[field]} must be 0 or more')
   return Augmentation(

@@ -131,4 +131,7 @@ def _say_once(line: str) -> None:
 def stream(config: ConfigDict) -> Stream:
   """Opens image files: imagenet2012, another tfds set, or class folders."""
   images = open_images(config)
-  return Stream(images, augmentation(config, images.num_classes, MEAN, STD))
+  return Stream(
+    images,
+    augmentation(config, images.num_classes, images.image_shape, MEAN, STD),
+  )

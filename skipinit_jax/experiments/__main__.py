@@ -15,6 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
+from skipinit_jax import cli
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments import engines
@@ -41,7 +42,6 @@ from skipinit_jax.training.config import build_model, check_config
 from skipinit_jax.training.recipes import parse_overrides
 
 ENGINES = ('local', 'ray', 'print')
-FAILED, BAD_INPUT = 1, 2
 
 
 def main() -> None:
@@ -49,20 +49,18 @@ def main() -> None:
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   args, rest = parser().parse_known_args()
   try:
-    if rest and args.action == 'list':
-      raise InputError(f'unexpected argument {rest[0]!r}')
-    args.call(args, rest)
-  except InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    with cli.errors_in_one_line():
+      if rest and args.action == 'list':
+        raise InputError(f'unexpected argument {rest[0]!r}')
+      args.call(args, rest)
   except KeyboardInterrupt:
     print('stopped; the same command goes on from here', file=sys.stderr)
     sys.exit(128 + signal.SIGINT)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
   """The flags."""
-  top = argparse.ArgumentParser(
+  top = cli.Parser(
     prog='python -m skipinit_jax.experiments',
     description="The papers' experiments on your data.",
   )
@@ -79,17 +77,23 @@ def parser() -> argparse.ArgumentParser:
     action.add_argument('study', help=', '.join(STUDIES))
     action.add_argument('--dataset', default='digits')
     action.add_argument(
-      '--workdir', type=Path, help='by default runs/STUDY-DATASET'
+      '--workdir', type=cli.folder, help='by default runs/STUDY-DATASET'
     )
     if name != 'run':
       continue
     action.add_argument('--engine', default='local', choices=ENGINES)
-    action.add_argument('--jobs', type=int, default=1, help='local: at a time')
+    action.add_argument(
+      '--jobs',
+      type=cli.number(int, 1, 2**10),
+      default=1,
+      help='local: at a time',
+    )
     action.add_argument(
       '--address', help="ray: of the cluster, 'auto' for a running one"
     )
-    action.add_argument('--gpus-per-run', type=float, default=0.0, help='ray')
-    action.add_argument('--cpus-per-run', type=float, default=1.0, help='ray')
+    share = cli.number(float, 0, 2**10)
+    action.add_argument('--gpus-per-run', type=share, default=0.0, help='ray')
+    action.add_argument('--cpus-per-run', type=share, default=1.0, help='ray')
   return top
 
 
@@ -106,9 +110,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
   """Runs a study to its end and writes its report."""
   study, grid = find_study(args.study, args.dataset)
   grid = dataclasses.replace(grid, overrides=parse_overrides(grid.recipe, rest))
-  if args.jobs < 1:
-    raise InputError(f'--jobs={args.jobs} must be 1 or more')
   check(grid)
+  if args.engine == 'ray':
+    engines.require_ray()
   workdir = place(args)
   open_study(workdir, study, grid, args.dataset)
   results = Results(workdir)
@@ -136,7 +140,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
       f'The first: {failed[0]}',
       file=sys.stderr,
     )
-    sys.exit(FAILED)
+    sys.exit(cli.FAILED)
 
 
 def report(args: argparse.Namespace, rest: list[str]) -> None:

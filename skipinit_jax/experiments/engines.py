@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments.grid import Run
@@ -78,6 +79,17 @@ def local(workdir: Path, jobs: int) -> Iterator[Submit]:
       raise
 
 
+def require_ray() -> ModuleType:
+  """Ray; InputError where it is not installed."""
+  try:
+    import ray
+  except ImportError:
+    raise InputError(
+      "--engine=ray needs Ray: pip install 'skipinit-jax[ray]'"
+    ) from None
+  return ray
+
+
 @contextlib.contextmanager
 def on_ray(
   workdir: Path, address: str | None, gpus: float, cpus: float
@@ -90,12 +102,7 @@ def on_ray(
       of this machine alone, for as long as the study runs.
     gpus, cpus: share of a GPU, and CPUs, of each run.
   """
-  try:
-    import ray
-  except ImportError:
-    raise InputError(
-      "--engine=ray needs Ray: pip install 'skipinit-jax[ray]'"
-    ) from None
+  ray = require_ray()
   try:
     ray.init(address=address, log_to_driver=False, logging_level='error')
   except (ConnectionError, ValueError, RuntimeError) as error:

@@ -88,8 +88,9 @@ def open_study(workdir: Path, study: Study, grid: Grid, dataset: str) -> None:
 def read_study(workdir: Path) -> dict[str, Any]:
   """What `open_study` wrote; InputError if there is none."""
   try:
-    return json.loads((workdir / STUDY).read_text())
-  except (OSError, ValueError):
+    study = json.loads((workdir / STUDY).read_text())
+    return study | {'overrides': dict(study['overrides'])}
+  except (OSError, ValueError, TypeError, KeyError):
     raise InputError(
       f'{workdir} holds no study; start one by `run STUDY --workdir={workdir}`'
     ) from None

@@ -1,102 +1,109 @@
 """The command line of training: `python -m skipinit_jax.training`."""
 
 import contextlib
+import faulthandler
 import os
-import re
 import signal
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import logging
+from ml_collections import ConfigDict
 
+from skipinit_jax import cli
+from skipinit_jax.cli import BAD_INPUT, FAILED
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import processes
-from skipinit_jax.training.config import less_memory, recipe_path
+from skipinit_jax.training.config import less_memory
 from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.loop import evaluate_latest, train
+from skipinit_jax.training.recipes import (
+  load_recipe,
+  parse_overrides,
+  recipe_path,
+  set_fields,
+)
 from skipinit_jax.training.signals import Stopped, leave
 from skipinit_jax.training.startup import set_deterministic
 
-# Exit statuses, beside a diverged run's, a signal's and `watchdog.STUCK`.
-FAILED, BAD_INPUT = 1, 2
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Recipe: a file, or the name of a bundled one (digits).'
-)
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run; by default a new one under runs/.'
-)
-_EVAL_ONLY = flags.DEFINE_bool(
-  'eval_only', False, 'Evaluate the newest checkpoint in --workdir; print JSON.'
-)
-_DISTRIBUTED = flags.DEFINE_bool(
-  'distributed',
-  False,
-  'This is one process of several, started by Cloud TPU, Slurm or Open MPI.',
-)
-_COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'host:port of process 0, of several started by hand.'
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-  'num_processes', None, 'How many, with --coordinator.', lower_bound=1
-)
-_PROCESS_ID = flags.DEFINE_integer(
-  'process_id', None, 'Which one, from 0, with --coordinator.', lower_bound=0
-)
-_HEARTBEAT = flags.DEFINE_integer(
-  'heartbeat_seconds',
-  100,
-  'Silence of a process after which the others end.',
-  lower_bound=1,
-)
-
-
-def parse(argv: list[str]) -> list[str]:
-  """Parses the flags; a mistake in them is one line and exit status 2."""
-  try:
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise InputError(f'unexpected argument {rest[1]!r}; flags begin with --')
-    _ = _CONFIG.value.seed  # A recipe that can't be loaded shows itself here.
-  except (flags.Error, InputError, OSError, ValueError) as error:
-    _exit(_reason(str(error)))
-  except (AttributeError, KeyError) as error:
-    # ml_collections: 'dept'\nDid you mean "depth" instead of "dept"?
-    field, *near = re.findall(r'\w+(?=\\?[\'"])', str(error.args[0]))
-    hint = f'; did you mean {near[0]!r}?' if near else ''
-    _exit(f'the recipe has no field {field!r}{hint}')
-  return rest
-
-
-def _reason(message: str) -> str:
-  """The one line that matters where ml_collections quotes a traceback."""
-  last = message.strip().splitlines()[-1]
-  if 'get_config()' in last:
-    return 'this recipe takes no argument after the colon'
-  return last.partition(': ')[2] if 'Traceback' in message else message
+def parser() -> cli.Parser:
+  """The flags."""
+  flags = cli.Parser(
+    prog='python -m skipinit_jax.training',
+    description='Trains a recipe.',
+    epilog="The recipe's fields are set as in --config.epochs=2.",
+  )
+  flags.add_argument(
+    '--config',
+    default='digits',
+    help='recipe: the name of a bundled one, or a file (default: digits)',
+  )
+  flags.add_argument(
+    '--workdir',
+    type=cli.folder_or_bucket,
+    help='folder of the run; by default a new one under runs/',
+  )
+  flags.add_argument(
+    '--eval_only',
+    action='store_true',
+    help='evaluate the newest checkpoint in --workdir; print JSON',
+  )
+  flags.add_argument(
+    '--distributed',
+    action='store_true',
+    help='this is one process of several, started by Cloud TPU, Slurm or Open '
+    'MPI',
+  )
+  flags.add_argument(
+    '--coordinator', help='host:port of process 0, of several started by hand'
+  )
+  flags.add_argument(
+    '--num_processes',
+    type=cli.number(int, 1, 2**20),
+    help='how many, with --coordinator',
+  )
+  flags.add_argument(
+    '--process_id',
+    type=cli.number(int, 0, 2**20),
+    help='which one, from 0, with --coordinator',
+  )
+  flags.add_argument(
+    '--heartbeat_seconds',
+    type=cli.number(int, 1, 10**6),
+    default=100,
+    help='silence of a process after which the others end (default: 100)',
+  )
+  return flags
 
 
-def main(argv: list[str]) -> None:
+def parse(flags: cli.Parser) -> tuple[Namespace, ConfigDict]:
+  """The flags of this process, and the recipe with what they set of it."""
+  args, rest = flags.parse_known_args()
+  with cli.errors_in_one_line():
+    fields = parse_overrides(args.config, rest)
+    return args, set_fields(load_recipe(args.config), fields)
+
+
+def main(args: Namespace, config: ConfigDict) -> None:
   """Trains, says how it ended, and exits with the run's status."""
-  del argv
-  config = _CONFIG.value
   set_deterministic(config)
   with _one_line_each(config):
     processes.initialize(
-      _DISTRIBUTED.value,
-      _COORDINATOR.value,
-      _NUM_PROCESSES.value,
-      _PROCESS_ID.value,
-      _HEARTBEAT.value,
+      args.distributed,
+      args.coordinator,
+      args.num_processes,
+      args.process_id,
+      args.heartbeat_seconds,
     )
-    if _EVAL_ONLY.value and _WORKDIR.value is None:
+    if args.eval_only and args.workdir is None:
       raise InputError('--eval_only needs the --workdir of a run')
-    workdir = _WORKDIR.value or str(_new_workdir())
-    if _EVAL_ONLY.value:
+    workdir = args.workdir or str(_new_workdir(args.config))
+    if args.eval_only:
       print(dumps(evaluate_latest(config, workdir)))
       return
     result = train(config, workdir)
@@ -148,33 +155,16 @@ def summary(result: dict, workdir: str) -> str:
   )
 
 
-def _with_recipe_path(args: list[str]) -> list[str]:
-  """Replaces the recipe's name by its file, before absl sees it."""
-  args = list(args)
-  if not any(a.lstrip('-').split('=')[0] == 'config' for a in args):
-    args.insert(0, '--config=digits')
-  for i, arg in enumerate(args):
-    if arg in ('--config', '-config') and i + 1 < len(args):
-      args[i + 1] = recipe_path(args[i + 1])
-    elif arg.startswith(('--config=', '-config=')):
-      flag, _, name = arg.partition('=')
-      args[i] = f'{flag}={recipe_path(name)}'
-  return args
-
-
-def _new_workdir() -> Path:
+def _new_workdir(recipe: str) -> Path:
   """Named by the first process for all."""
-  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  name = Path(recipe_path(recipe).partition(':')[0]).stem
   now = processes.from_first(int(time.time()))
   stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(now))
-  return (
-    Path('runs')
-    / f'{Path(name).stem}-{stamp}-{processes.from_first(os.getpid())}'
-  )
+  return Path('runs') / f'{name}-{stamp}-{processes.from_first(os.getpid())}'
 
 
 def _exit(message: str, status: int = BAD_INPUT) -> None:
-  line = f'error: {message}' if status < 128 else message
+  line = cli.one_line(f'error: {message}' if status < 128 else message)
   # JAX's exit handlers wait for the other processes, and threads of Orbax
   # wait ten minutes for the rest of a save that failed.
   if processes.several() or status == FAILED:
@@ -194,11 +184,8 @@ def run() -> None:
   # Orbax logs a traceback in each of its threads before it raises the error.
   logging.set_verbosity(logging.FATAL)
   sys.unraisablehook = _unraisable
-  try:  # ml_collections looks for overrides in sys.argv itself.
-    sys.argv[1:] = _with_recipe_path(sys.argv[1:])
-  except InputError as error:
-    _exit(str(error))
-  app.run(main, flags_parser=parse)
+  faulthandler.enable()  # A crash of the runtime leaves a trace.
+  main(*parse(parser()))
 
 
 if __name__ == '__main__':

@@ -1,15 +1,13 @@
 """The fields of a recipe: defaults, checks, and the network they describe."""
 
 import dataclasses
-import math
-from pathlib import Path
 
 import jax
 from flax import linen as nn
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.errors import InputError, check_folder, unknown
 from skipinit_jax.models.blocks import ACTIVATIONS, check_choices
 from skipinit_jax.models.looks_linear import KERNEL_INITS
 from skipinit_jax.models.methods import Method, he_normal, resolve_method
@@ -129,53 +127,56 @@ def default_config() -> ConfigDict:
   return config
 
 
-def recipe_path(name: str) -> str:
-  """The file of a recipe: a path that exists, or the name of a bundled one.
-
-  Args:
-    name: 'digits', 'configs/digits.py', or a path of one's own; what follows a
-      colon is get_config's argument and stays as it is.
-  """
-  file, colon, argument = name.partition(':')
-  if Path(file).is_file():
-    return name
-  package = Path(__file__).resolve().parents[1]
-  folder = package / 'configs'  # In an installed wheel,
-  if not folder.is_dir():
-    folder = package.parent / 'configs'  # and in a checkout.
-  recipes = sorted(path.stem for path in folder.glob('[!_]*.py'))
-  stem = file.removeprefix('configs/').removesuffix('.py')
-  if stem not in recipes:
-    raise InputError(unknown('recipe', file, recipes))
-  return f'{folder / stem}.py{colon}{argument}'
+# Field -> lowest and highest value of any use. Steps are counted in 32 bits.
+MOST = 2**31 - 1
+LIMITS = {
+  'seed': (0, 2**32 - 1),
+  'batch_size': (1, 2**20),
+  'eval_batch_size': (1, 2**20),
+  'optimizer.reference_batch': (1, 2**20),
+  'micro_batches': (1, 2**20),
+  'steps_per_call': (1, MOST),
+  'log_every_steps': (1, MOST),
+  'watch_every_steps': (1, MOST),
+  'checkpoint_every_steps': (1, MOST),
+  'keep_checkpoints': (1, MOST),
+  'divergence_limit': (1, MOST),
+  'profile_at': (0, MOST),
+  'profile_steps': (1, MOST),
+  'diverged_status': (0, 125),  # Higher ones are the shell's.
+  'model.depth': (1, 20_000),
+  'model.width': (1, 1024),
+  'data.validation': (0, MOST),
+  'data.shift': (0, 2**12),
+  'data.cutout': (0, 2**12),
+  'data.mixup': (0, 1e3),
+  'data.cutmix': (0, 1e3),
+  'data.bad_share': (1e-9, 1 - 1e-6),
+  'epochs': (1e-6, 1e6),
+  'eval_every_epochs': (1e-6, 1e6),
+  'schedule.warmup_epochs': (0, 1e6),
+  'schedule.hold_epochs': (0, 1e6),
+  'schedule.every_epochs': (1e-3, 1e6),
+  'schedule.factor': (0, 1e3),
+  'optimizer.learning_rate': (1e-12, 1e12),
+  'optimizer.clip_norm': (1e-12, 1e12),
+  'optimizer.adaptive_clip': (1e-12, 1e12),
+  'optimizer.l2': (0, 1e6),
+  'optimizer.momentum': (0, 1 - 1e-6),
+  'label_smoothing': (0, 1 - 1e-6),
+  'ema_decay': (0, 1 - 1e-6),
+  'model.dropout': (0, 1 - 1e-6),
+  'divergence_factor': (1e-6, 1 - 1e-6),
+  'stuck_after_seconds': (1e-3, 1e8),
+}
+SMALLEST = 1e-12  # Of numbers other than 0: products stay float32's.
 
 
 def check_config(config: ConfigDict, device_count: int) -> None:
   """Raises InputError for values that no run can have; looks at no data."""
-  for field in (
-    *('batch_size', 'eval_batch_size', 'epochs', 'log_every_steps'),
-    *('eval_every_epochs', 'checkpoint_every_steps', 'keep_checkpoints'),
-    *('micro_batches', 'steps_per_call', 'profile_steps'),
-    'watch_every_steps',
-    *('divergence_limit', 'stuck_after_seconds'),
-    *('model.depth', 'model.width', 'schedule.every_epochs'),
-    *('optimizer.learning_rate', 'optimizer.reference_batch'),
-    *('optimizer.clip_norm', 'optimizer.adaptive_clip'),
-  ):
-    _within(config, field, 0, math.inf, 'more than 0')
-  for field in (
-    *('label_smoothing', 'ema_decay'),
-    *('model.dropout', 'optimizer.momentum'),
-  ):
-    _within(config, field, 0, 1, 'at least 0 and less than 1', closed=True)
-  for field in ('divergence_factor', 'data.bad_share'):
-    _within(config, field, 0, 1, 'more than 0 and less than 1')
-  for field in (
-    *('optimizer.l2', 'schedule.warmup_epochs', 'schedule.hold_epochs'),
-    'schedule.factor',
-  ):
-    _within(config, field, 0, math.inf, 'at least 0', closed=True)
-  _within(config, 'seed', 0, 2**32, 'from 0 to 2**32 - 1', closed=True)
+  check_types(config)
+  for field, (low, high) in LIMITS.items():
+    check_number(field, _get(config, field), low, high)
   for field, known in (
     ('model.name', MODELS),
     ('schedule.name', SCHEDULES),
@@ -197,6 +198,12 @@ def check_config(config: ConfigDict, device_count: int) -> None:
       'ema_decay to be set too, such as 0.9999'
     )
   _check_schedule(config)
+  _check_rate(config)
+  if config.compilation_cache:
+    try:
+      check_folder(config.compilation_cache)
+    except InputError as error:
+      raise InputError(f'compilation_cache={error}') from None
   share, rest = divmod(config.batch_size, device_count)
   if rest:
     below = share * device_count
@@ -261,7 +268,8 @@ def _check_group(config: ConfigDict, share: int) -> None:
         f'be a number of images that divides a micro-batch, {share}'
       )
     return
-  if not group.isdecimal() or int(group) < 1:
+  number = group.isdecimal() and group.isascii() and len(group) < 10
+  if not number or int(group) < 1:
     raise InputError(
       f'model.statistics_group={group!r}: expected a number of images, '
       "'device' or 'all'"
@@ -391,10 +399,59 @@ def _get(config: ConfigDict, field: str):
   return config
 
 
-def _within(config, field, low, high, expected, closed=False):
-  value = _get(config, field)
-  if value is None:
+def check_number(
+  field: str, value: float | None, low: float, high: float
+) -> None:
+  """Raises InputError for a number outside its range; None is unset."""
+  if value is None or (low <= value <= high and not 0 < value < SMALLEST):
     return
-  above = value >= low if closed else value > low
-  if not (above and value < high and math.isfinite(value)):
-    raise InputError(f'{field}={value} must be {expected} and finite')
+  least = f'that is 0 or from {SMALLEST:g}' if low == 0 else f'from {low:g}'
+  most = f'{high:g}'
+  if isinstance(high, int):
+    least, most = f'from {low}', f'{high}'
+  raise InputError(
+    f'{field}={value}: expected a finite number {least} to {most}'
+  )
+
+
+def check_types(
+  config: ConfigDict, defaults: ConfigDict | None = None, prefix: str = ''
+) -> None:
+  """Raises InputError unless every field is there, with its default's type."""
+  defaults = default_config() if defaults is None else defaults
+  for name in defaults:
+    field = prefix + name
+    if name not in config:
+      raise InputError(
+        f'there is no field {field!r}; a recipe starts from default_config()'
+      )
+    value, kind = config[name], defaults.get_type(name)
+    if isinstance(value, kind) and isinstance(value, ConfigDict):
+      check_types(value, defaults[name], f'{field}.')
+      continue
+    unset = value is None and defaults[name] is None
+    takes = (int, float) if kind is float else kind
+    flag = isinstance(value, bool) == (kind is bool)
+    right = isinstance(value, takes) and flag
+    if not (right or unset):
+      raise InputError(
+        f'{field}={value!r}: expected a value of type {kind.__name__}'
+      )
+
+
+def _check_rate(config: ConfigDict) -> None:
+  """Of alpha too: both must be numbers of float32."""
+  low, high = LIMITS['optimizer.learning_rate']
+  if not low <= peak_rate(config) <= high:
+    raise InputError(
+      f'optimizer.learning_rate={config.optimizer.learning_rate} for '
+      f'optimizer.reference_batch={config.optimizer.reference_batch} is '
+      f'{peak_rate(config):g} at batch_size={config.batch_size}: expected a '
+      f'rate from {low:g} to {high:g}'
+    )
+  alpha = abs(build_method(config).alpha_value(1) or 0)
+  if alpha > 1e6 or 0 < alpha < SMALLEST:
+    raise InputError(
+      f'model.alpha={config.model.alpha!r}: expected 0, or a size from '
+      f'{SMALLEST:g} to 1e6'
+    )

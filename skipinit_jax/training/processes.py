@@ -41,6 +41,14 @@ def initialize(
       f'{", ".join(missing)} must be given too, with '
       f'{", ".join(flag for flag in named if flag not in missing)}'
     )
+  if coordinator is not None:
+    host, _, port = coordinator.rpartition(':')
+    valid = port.isascii() and port.isdecimal() and len(port) < 6
+    if not host.strip() or not valid or not 0 < int(port) < 2**16:
+      raise InputError(
+        f'--coordinator={coordinator}: expected HOST:PORT of process 0, as in '
+        'host0:1234'
+      )
   if process_id is not None and process_id >= num_processes:
     raise InputError(
       f'--process_id={process_id} must be less than '

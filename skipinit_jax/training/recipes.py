@@ -1,33 +1,122 @@
-"""Recipes as configs, without flags: for studies, analyses and notebooks."""
+"""Recipes: found by name, loaded, and their fields changed."""
 
+import ast
 import difflib
+import inspect
 import runpy
+import traceback
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.training.changes import flatten
-from skipinit_jax.training.config import recipe_path
+from skipinit_jax.training.config import check_types
+
+
+def recipe_path(name: str) -> str:
+  """The file of a recipe: a bundled one by its name, or a path of one's own.
+
+  Names come first: a file `digits` in the current folder is not the recipe
+  'digits', but './digits' and 'digits.py' are files where they exist.
+
+  Args:
+    name: 'digits', 'configs/digits.py', or a path; what follows a colon is
+      get_config's argument and stays as it is.
+
+  Raises:
+    InputError: neither a recipe nor a file.
+  """
+  file, colon, argument = name.partition(':')
+  package = Path(__file__).resolve().parents[1]
+  folder = package / 'configs'  # In an installed wheel,
+  if not folder.is_dir():
+    folder = package.parent / 'configs'  # and in a checkout.
+  recipes = sorted(path.stem for path in folder.glob('[!_]*.py'))
+  if file not in recipes:
+    if file and _is_file(file):
+      return name
+    file = file.removeprefix('configs/').removesuffix('.py')
+    if file not in recipes:
+      raise InputError(unknown('recipe', name.partition(':')[0], recipes))
+  return f'{folder / file}.py{colon}{argument}'
+
+
+def _is_file(name: str) -> bool:
+  try:
+    path = Path(name)
+    if path.is_dir():
+      raise InputError(f'recipe {name!r} is a folder; expected a file')
+    return path.is_file()
+  except OSError:  # A name that no file can have.
+    return False
 
 
 def load_recipe(name: str) -> ConfigDict:
-  """The config of a recipe, by name or path, with get_config's argument."""
+  """The config of a recipe, by name or path, with get_config's argument.
+
+  Raises:
+    InputError: there is no such recipe, or it gives no config; one line.
+  """
   file, colon, argument = recipe_path(name).partition(':')
-  get_config = runpy.run_path(file)['get_config']
-  return get_config(argument) if colon else get_config()
+  try:
+    with warnings.catch_warnings():  # Of its syntax.
+      warnings.simplefilter('ignore')
+      get_config = runpy.run_path(file).get('get_config')
+    if not callable(get_config):
+      raise InputError(f'recipe {file!r} has no function get_config()')
+    taken = inspect.signature(get_config).parameters
+    if colon and not taken:
+      raise InputError(
+        f'recipe {name!r}: {argument!r} is too much, as this recipe takes no '
+        'argument after the colon'
+      )
+    config = get_config(argument) if colon else get_config()
+  except InputError:
+    raise
+  except (Exception, SystemExit) as error:
+    raise InputError(f'recipe {name!r}: {_reason(error, file)}') from None
+  if not isinstance(config, ConfigDict):
+    raise InputError(
+      f'recipe {file!r}: get_config() returned {config!r}, expected a '
+      'ConfigDict'
+    )
+  try:
+    check_types(config)
+  except InputError as error:
+    raise InputError(f'recipe {file!r}: {error}') from None
+  return config
+
+
+def _reason(error: BaseException, file: str) -> str:
+  """What a recipe raised, with the line in it."""
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if frame.filename == file
+  ]
+  if isinstance(error, SyntaxError) and error.filename == file:
+    lines, error = [error.lineno], type(error)(error.msg)
+  where = f'line {lines[-1]}: ' if lines else ''
+  return f'{where}{type(error).__name__}: {error}'
 
 
 def set_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
   """Sets fields by their dotted names; returns the same config.
 
   Raises:
-    InputError: a field that the recipe does not have.
+    InputError: a field that the recipe does not have, or a value of another
+      type than the field's.
   """
   for name, value in fields.items():
     part, last = _field(config, name)
-    part[last] = value
+    try:
+      part[last] = value
+    except (TypeError, ValueError):
+      raise _wrong_type(name, value, part.get_type(last)) from None
   return config
 
 
@@ -37,7 +126,7 @@ def parse_overrides(recipe: str, arguments: Iterable[str]) -> dict[str, Any]:
   Raises:
     InputError: something else, an unknown field, or a value of another type.
   """
-  fields = {}
+  config, fields = load_recipe(recipe), {}
   for argument in arguments:
     name, equals, text = argument.removeprefix('--config.').partition('=')
     if not argument.startswith('--config.') or not equals:
@@ -45,7 +134,7 @@ def parse_overrides(recipe: str, arguments: Iterable[str]) -> dict[str, Any]:
         f'unexpected argument {argument!r}; fields are set as in '
         '--config.epochs=2'
       )
-    part, last = _field(load_recipe(recipe), name)
+    part, last = _field(config, name)
     fields[name] = _value(name, part.get_type(last), text)
   return fields
 
@@ -57,7 +146,7 @@ def _field(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
   for step in path:
     part = part.get(step) if isinstance(part, ConfigDict) else None
   if not isinstance(part, ConfigDict) or last not in part:
-    near = difflib.get_close_matches(name, flatten(config.to_dict()), 1)
+    near = difflib.get_close_matches(name[:100], flatten(config.to_dict()), 1)
     hint = f'; did you mean {near[0]!r}?' if near else ''
     raise InputError(f'the recipe has no field {name!r}{hint}')
   return part, last
@@ -69,6 +158,23 @@ def _value(name: str, kind: type, text: str) -> Any:
   try:
     if kind in (int, float, str):
       return kind(text)
-  except ValueError:
+    if kind is tuple:
+      with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        value = ast.literal_eval(text)
+      if isinstance(value, tuple):
+        return value
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
     pass
-  raise InputError(f'{name}={text}: expected a value of type {kind.__name__}')
+  raise _wrong_type(name, text, kind)
+
+
+def _wrong_type(name: str, value: Any, kind: type) -> InputError:
+  if kind is ConfigDict:
+    return InputError(
+      f'{name}={value}: expected one of its fields, as in --config.{name}.FIELD'
+    )
+  example = ', as in (1,)' if kind is tuple else ''
+  return InputError(
+    f'{name}={value}: expected a value of type {kind.__name__}{example}'
+  )

@@ -64,6 +64,36 @@ def config_of(workdir: os.PathLike | str) -> ConfigDict:
   return config
 
 
+def find_checkpoint(
+  checkpoint: os.PathLike | str,
+) -> tuple[ConfigDict, epath.Path, int | None]:
+  """The config and folder of a run, and the step that is asked for if one is.
+
+  Raises:
+    InputError: the folder holds no run, or no such checkpoint.
+  """
+  if not os.fspath(checkpoint).strip():
+    raise InputError(f'checkpoint={os.fspath(checkpoint)!r}: expected a run')
+  try:
+    workdir, step = epath.Path(os.path.expanduser(checkpoint)), None
+  except KeyError as error:
+    raise InputError(
+      f'checkpoint={checkpoint}: unknown kind of address {error}'
+    ) from None
+  if workdir.parent.name == FOLDER and workdir.name.isdecimal():
+    workdir, step = workdir.parent.parent, int(workdir.name)
+  try:
+    config, steps = config_of(workdir), saved_steps(workdir)
+  except InputError as error:
+    raise InputError(f'checkpoint={checkpoint}: {error}') from None
+  if not steps or step not in (None, *steps):
+    there = ', '.join(map(str, steps)) or 'none'
+    raise InputError(
+      f'checkpoint={checkpoint} holds no checkpoint; steps saved: {there}'
+    )
+  return config, workdir, step
+
+
 def load_run(checkpoint: os.PathLike | str) -> Saved:
   """The network of a checkpoint.
 
@@ -76,13 +106,7 @@ def load_run(checkpoint: os.PathLike | str) -> Saved:
       config is that of another network.
     RunError: the checkpoint is damaged.
   """
-  workdir, step = epath.Path(checkpoint), None
-  if workdir.parent.name == FOLDER and workdir.name.isdecimal():
-    workdir, step = workdir.parent.parent, int(workdir.name)
-  config, steps = config_of(workdir), saved_steps(workdir)
-  if not steps or step not in (None, *steps):
-    there = ', '.join(map(str, steps)) or 'none'
-    raise InputError(f'{checkpoint} holds no checkpoint; steps saved: {there}')
+  config, workdir, step = find_checkpoint(checkpoint)
   data = open_dataset(config.data)
   program = make_program(config, data)
   rate, seed = np.float32(peak_rate(config)), np.uint32(config.seed)

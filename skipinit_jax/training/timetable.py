@@ -5,7 +5,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError
-from skipinit_jax.training.config import epochs_to_steps
+from skipinit_jax.training.config import MOST, epochs_to_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,11 @@ def make_timetable(config: ConfigDict, train_size: int) -> Timetable:
     raise InputError(
       f'epochs={config.epochs:g} of {train_size} images are less than one step '
       f'of batch_size={config.batch_size}'
+    )
+  if config.epochs * train_size > MOST:
+    raise InputError(
+      f'epochs={config.epochs:g} of {train_size} images are more than are '
+      f'counted, {MOST:,}; expected at most {MOST // train_size}'
     )
   return Timetable(
     total=steps(config.epochs),
