@@ -14,6 +14,7 @@ from flax.typing import Dtype
 from ml_collections import ConfigDict
 
 from skipinit_jax.models import blocks
+from skipinit_jax.models.layers import Conv, widen
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.devices import AXIS
 
@@ -69,7 +70,7 @@ def as_network(network: str) -> contextlib.AbstractContextManager:
   return contextlib.nullcontext()
 
 
-class ScaledConv(nn.Conv):
+class ScaledConv(Conv):
   """`SkipInitConv` without the folding: alpha times the convolution."""
 
   init_value: float = 0.0
@@ -78,8 +79,8 @@ class ScaledConv(nn.Conv):
   def __call__(self, x):
     init = nn.initializers.constant(self.init_value)
     alpha = self.param('alpha', init, (), self.param_dtype)
-    y = nn.Conv.__call__(self, x)
-    return alpha.astype(y.dtype) * y
+    y = Conv.__call__(self, x)
+    return (alpha * widen(y)).astype(y.dtype)
 
 
 class ExampleBlock(nn.Module):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from skipinit_jax.ahead_of_time import hlo
+from skipinit_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 BODY = """
@@ -422,3 +423,96 @@ def test_tpu_scan_over_slices_touches_each_once(tpu):
 def test_tpu_all_reduce_over_four_devices(tpu):
   assert tpu['all_reduce'].collective_bytes == BIG
   assert tpu['all_reduce'].hbm_bytes == 2 * BIG
+
+
+@pytest.mark.parametrize(
+  ('start', 'step', 'direction', 'runs'),
+  [(0, 1, 'LT', 7), (3, 2, 'LT', 2), (3, 2, 'LE', 3), (1, 1, 'LT', 6)],
+)
+def test_a_loop_counts_from_where_it_starts(start, step, direction, runs):
+  text = (BODY + MAIN).replace('NOTE', '')
+  text = text.replace('constant(1)', f'constant({step})')
+  text = text.replace('constant(0)', f'constant({start})')
+  text = text.replace('direction=LT', f'direction={direction}')
+  assert hlo.count(text).hbm_bytes == runs * 8192
+
+
+def test_a_collective_in_an_asynchronous_operation_counts():
+  wrapped = """
+%wrapped (p: f32[1024]) -> f32[256] {
+  %p = f32[1024]{0} parameter(0)
+  ROOT %r = f32[256]{0} reduce-scatter(%p), dimensions={0}, to_apply=%add
+}
+"""
+  counts = hlo.count(
+    wrapped
+    + entry("""
+  %a = f32[1024]{0} parameter(0)
+  %s = ((f32[1024]{0}), f32[256]{0}) async-start(%a), calls=%wrapped
+  ROOT %d = f32[256]{0} async-done(%s), calls=%wrapped""")
+  )
+  assert counts.collective_bytes == 4096
+  assert counts.hbm_bytes == 4096 + 1024
+
+
+def test_an_unknown_dtype_is_an_error_and_a_token_is_nothing():
+  line = '\n  %a = (KIND[8], token[]) custom-call()'
+  for kind, bytes_ in (('f8e4m3', 8), ('f4e2m1fn', 4), ('u2', 2)):
+    assert hbm(line.replace('KIND', kind)) == bytes_
+  with pytest.raises(InputError, match="'f16x'; did you mean 'f16'"):
+    hbm(line.replace('KIND', 'f16x'))
+
+
+ADDER = """
+%adder (x: bf16[], y: bf16[]) -> bf16[] {
+  %x = bf16[] parameter(0)
+  %y = bf16[] parameter(1)
+  ROOT %s = bf16[] add(%x, %y)
+}
+"""
+
+
+def reduction(dtype, sides, dimensions, result):
+  attributes = f'dimensions={{{dimensions}}}, to_apply=%adder'
+  return f"""
+%fused (p: {dtype}[{sides}]) -> {dtype}[{result}] {{
+  %p = {dtype}[{sides}] parameter(0)
+  %z = {dtype}[] constant(0)
+  ROOT %sum = {dtype}[{result}] reduce(%p, %z), {attributes}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+  ('computation', 'narrow'),
+  [
+    (reduction('bf16', '8,32,32,16', '0,1,2', '16'), ['sum']),
+    (reduction('f32', '8,32,32,16', '0,1,2', '16'), []),
+    (reduction('bf16', '8,8,8,16', '0,1,2', '16'), []),  # 512 elements.
+    (reduction('bf16', '513,16', '0', '16'), ['sum']),
+    (reduction('bf16', '8192', '0', ''), ['sum']),
+  ],
+)
+def test_sums_of_many_elements_in_bfloat16_are_found(computation, narrow):
+  assert hlo.Program(ADDER + computation + entry('')).narrow_sums() == narrow
+  maximum = ADDER.replace(' add(', ' maximum(')
+  assert not hlo.Program(maximum + computation + entry('')).narrow_sums()
+
+
+def test_a_window_counts_its_elements():
+  window = '%a, %z), window={size=SIDExSIDE stride=SIDExSIDE}, to_apply=%adder'
+  lines = f"""
+  %a = bf16[64,64]{{1,0}} parameter(0)
+  %z = bf16[] constant(0)
+  %w = bf16[2,2]{{1,0}} reduce-window({window.replace('SIDE', '32')}
+  ROOT %v = bf16[4,4]{{1,0}} reduce-window({window.replace('SIDE', '16')}"""
+  assert hlo.Program(ADDER + entry(lines, 'bf16[4,4]')).narrow_sums() == ['w']
+
+
+def test_a_reduction_of_two_arrays_is_found_by_its_narrow_one():
+  lines = """
+  %a = f32[1024]{0} parameter(0)
+  %b = bf16[1024]{0} parameter(1)
+  %z = f32[] constant(0)
+  ROOT %r = (f32[], bf16[]) reduce(%a, %b, %z, %z), to_apply=%adder"""
+  assert hlo.Program(ADDER + entry(lines)).narrow_sums() == ['r']

@@ -28,12 +28,20 @@ import math
 import re
 from collections.abc import Iterator
 
-BITS = {
-  **{'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16},
-  **{'s32': 32, 'u32': 32, 's64': 64, 'u64': 64, 'bf16': 16, 'f16': 16},
-  **{'f32': 32, 'f64': 64, 'c64': 64, 'c128': 128},
-  **{'f8e4m3fn': 8, 'f8e5m2': 8, 'f8e4m3b11fnuz': 8},
+from skipinit_jax.errors import InputError, unknown
+
+WIDTHS = {
+  1: 's1 u1',
+  2: 's2 u2',
+  4: 's4 u4 f4e2m1fn',
+  8: 'pred s8 u8 f8e3m4 f8e4m3 f8e4m3fn f8e4m3b11fnuz f8e4m3fnuz f8e5m2 '
+  'f8e5m2fnuz f8e8m0fnu',
+  16: 's16 u16 f16 bf16',
+  32: 's32 u32 f32',
+  64: 's64 u64 f64 c64',
+  128: 'c128',
 }
+BITS = {name: bits for bits, names in WIDTHS.items() for name in names.split()}
 COLLECTIVES = (
   *('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all'),
   *('collective-permute', 'collective-broadcast'),
@@ -57,6 +65,7 @@ _CALLED = re.compile(
 class Array:
   """An array type: its bytes, its sides, and whether it lies in main memory."""
 
+  dtype: str
   bytes: int
   sides: tuple[int, ...]
   in_hbm: bool
@@ -163,9 +172,35 @@ class Program:
         total += Counts(
           hbm_bytes=self._hbm(op, ops),
           flops=self._flops(op, ops),
-          collective_bytes=_collective_bytes(op, ops),
+          collective_bytes=self._collective(op, ops),
         )
     return total
+
+  def narrow_sums(self, dtype: str = 'bf16', more_than: int = 512) -> list[str]:
+    """The reductions that add up many elements in a narrow dtype.
+
+    A bfloat16 sum of equal terms stops growing at 256 of them.
+
+    Args:
+      dtype: of the accumulator, as HLO spells it.
+      more_than: elements that go into one element of the result.
+
+    Returns:
+      The names of the instructions, those inside fusions and loops included.
+    """
+    return [
+      op.name
+      for ops in self.computations.values()
+      for op in ops.values()
+      if any(a.dtype == dtype for a in op.arrays)
+      and _elements_reduced(op, ops) > more_than
+      and self._adds(op)
+    ]
+
+  def _adds(self, reduction: Instruction) -> bool:
+    """Whether a reduction is a sum, not a maximum or an argmax."""
+    called = self.computations[_CALLED.search(reduction.attributes)[1]]
+    return any(op.opcode == 'add' for op in called.values())
 
   def trip_count(self, loop: Instruction) -> int:
     """How often a loop runs, from the compiler's note or its condition."""
@@ -173,15 +208,46 @@ class Program:
       r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes
     ):
       return int(known[1])
-    condition = re.search(r'condition=%?([\w.\-]+)', loop.attributes)
-    constants = [
-      int(c[1])
-      for name in self._reachable(condition[1])
+    names = dict(re.findall(r'(condition|body)=%?([\w.\-]+)', loop.attributes))
+    compared = [
+      op
+      for name in self._reachable(names['condition'])
       for op in self.computations[name].values()
-      if op.opcode == 'constant'
-      and (c := re.match(r'\((\d+)\)', op.attributes))
     ]
-    return max(constants, default=1)
+    bound = max((_value(op) or 0 for op in compared), default=0)
+    last = any('direction=LE' in op.attributes for op in compared)
+    counter = re.search(
+      r'index=(\d+)', ' '.join(op.attributes for op in compared)
+    )
+    start, step = self._start_and_step(
+      loop, names['body'], int(counter[1]) if counter else 0
+    )
+    return max(math.ceil((bound + last - start) / step), 1)
+
+  def _start_and_step(
+    self, loop: Instruction, body: str, index: int
+  ) -> tuple[int, int]:
+    """Of a loop's counter, 0 and 1 where the program does not show them."""
+    outside = next(
+      ops for ops in self.computations.values() if ops.get(loop.name) is loop
+    )
+    initial = self._element(outside[loop.operands[0]], index, outside)
+    inside = self.computations[body]
+    root = next(op for op in inside.values() if op.root)
+    following = self._element(root, index, inside)
+    steps = []
+    if following is not None and following.opcode == 'add':
+      steps = [_value(inside[name]) for name in following.operands]
+    start = None if initial is None else _value(initial)
+    return start or 0, next((step for step in steps if step), 1)
+
+  def _element(
+    self, op: Instruction, index: int, ops: dict[str, Instruction]
+  ) -> Instruction | None:
+    """Where an element of a tuple comes from, None for what is no tuple."""
+    if op.opcode != 'tuple' or index >= len(op.operands):
+      return None
+    return self._origin(ops[op.operands[index]], ops)[0]
 
   def _reachable(self, name: str) -> list[str]:
     names = [name]
@@ -276,6 +342,15 @@ class Program:
       *('parameter', 'bitcast', 'copy')
     }
 
+  def _collective(self, op: Instruction, ops: dict[str, Instruction]) -> float:
+    """Bytes that a collective is given, started as an operation or alone."""
+    if op.opcode == 'async-start':
+      inside = self.computations[_CALLED.search(op.attributes)[1]]
+      return sum(self._collective(o, inside) for o in inside.values())
+    if op.opcode.removesuffix('-start') not in COLLECTIVES:
+      return 0
+    return sum(a.bytes for name in op.operands for a in ops[name].arrays)
+
   def _flops(self, op: Instruction, ops: dict[str, Instruction]) -> float:
     if op.opcode == 'convolution':
       return _convolution_flops(op, ops)
@@ -332,11 +407,14 @@ def _closing(text: str) -> int:
 
 def _arrays(kind: str) -> Iterator[Array]:
   for dtype, sides, layout in _ARRAY.findall(kind):
+    if dtype in ('token', 'opaque'):
+      continue
     if dtype not in BITS:
-      continue  # token[]
+      raise InputError(unknown('dtype in an HLO program', dtype, BITS))
     lengths = tuple(int(s.lstrip('<=')) for s in sides.split(',') if s)
     space = re.search(r'S\((\d+)\)', layout)
     yield Array(
+      dtype=dtype,
       bytes=math.ceil(math.prod(lengths) * BITS[dtype] / 8),
       sides=lengths,
       in_hbm=not (space and int(space[1])),
@@ -354,18 +432,29 @@ def _size_of_update(op: Instruction, ops: dict[str, Instruction]) -> float:
   return ops[op.operands[1]].arrays[0].bytes
 
 
+def _elements_reduced(op: Instruction, ops: dict[str, Instruction]) -> float:
+  """Input elements for each output element of a reduction, else 0."""
+  if op.opcode == 'reduce':
+    whole = math.prod(ops[op.operands[0]].arrays[0].sides)
+    return whole / max(math.prod(op.arrays[0].sides), 1)
+  if op.opcode == 'reduce-window':
+    window = re.search(r'size=([\dx]+)', op.attributes)
+    return math.prod(int(side) for side in window[1].split('x'))
+  return 0
+
+
+def _value(op: Instruction) -> int | None:
+  """The value of a scalar integer constant, None for anything else."""
+  found = re.fullmatch(r'\((-?\d+)\)', op.attributes)
+  return int(found[1]) if op.opcode == 'constant' and found else None
+
+
 def _parameter(ops: dict[str, Instruction], number: int) -> Instruction:
   return next(
     op
     for op in ops.values()
     if op.opcode == 'parameter' and op.attributes == f'({number})'
   )
-
-
-def _collective_bytes(op: Instruction, ops: dict[str, Instruction]) -> float:
-  if op.opcode.removesuffix('-start') not in COLLECTIVES:
-    return 0
-  return sum(a.bytes for name in op.operands for a in ops[name].arrays)
 
 
 def _convolution_flops(op: Instruction, ops: dict[str, Instruction]) -> float:

@@ -25,7 +25,7 @@ from skipinit_jax.training.config import (
   check_config,
   less_memory,
 )
-from skipinit_jax.training.program import make_program
+from skipinit_jax.training.program import Program, make_program
 from skipinit_jax.training.startup import initial_state
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -120,6 +120,46 @@ def measure(
   Raises:
     InputError: a recipe that can't be, or not on this slice.
   """
+  program, data, args = compute(config, where)
+  state, _, host, _ = args
+  n = len(where.devices)
+  batch = config.batch_size // where.chips
+  result = {
+    'topology': where.name,
+    'chips': where.chips,
+    'hosts': where.hosts,
+    'batch_per_chip': batch,
+    'micro_batches': config.micro_batches,
+    'parameter_bytes': where.cores * _bytes(state.params),
+    'optimizer_bytes': where.cores * _bytes(state.opt_state),
+    **cost(program.train_step, args, where),
+  }
+  result['images_per_second_bound'] = None
+  if result['fits']:
+    seconds = max(result['compute_seconds'], result['memory_seconds'])
+    result['images_per_second_bound'] = batch / seconds
+  if evaluation:
+    rows = -(-config.eval_batch_size // n)
+    images, labels = _batch((n, rows), data)
+    mask = _shape((n, rows), np.bool_)
+    variables = state.params, state.batch_stats
+    args = (*variables, images, labels, mask, host)
+    result['evaluation'] = cost(program.eval_step, args, where)
+  return result
+
+
+def compute(
+  config: ConfigDict, where: Slice
+) -> tuple[Program, StandIn, tuple[Any, ...]]:
+  """What a recipe computes on a slice, and the arguments to lower it with.
+
+  Returns:
+    The program for the slice's devices, the data that it is for, and shapes for
+    `Program.train_step`.
+
+  Raises:
+    InputError: a recipe that can't be, or not on this slice.
+  """
   n = len(where.devices)
   check_config(config, n)
   data = stand_in(config.data)
@@ -132,28 +172,7 @@ def measure(
     inputs = _resident(data)
   else:
     inputs = _batch((n, config.batch_size // n), data)
-  batch = config.batch_size // where.chips
-  result = {
-    'topology': where.name,
-    'chips': where.chips,
-    'hosts': where.hosts,
-    'batch_per_chip': batch,
-    'micro_batches': config.micro_batches,
-    'parameter_bytes': where.cores * _bytes(state.params),
-    'optimizer_bytes': where.cores * _bytes(state.opt_state),
-    **cost(program.train_step, (state, inputs, host, 1), where),
-  }
-  result['images_per_second_bound'] = None
-  if result['fits']:
-    seconds = max(result['compute_seconds'], result['memory_seconds'])
-    result['images_per_second_bound'] = batch / seconds
-  if evaluation:
-    rows = -(-config.eval_batch_size // n)
-    images, labels = _batch((n, rows), data)
-    args = (state.params, state.batch_stats, images, labels)
-    mask = _shape((n, rows), np.bool_)
-    result['evaluation'] = cost(program.eval_step, (*args, mask, host), where)
-  return result
+  return program, data, (state, inputs, host, 1)
 
 
 def cost(step: Callable, args: tuple, where: Slice) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from flax.typing import Dtype
 
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.models.checks import check_floating_dtype
+from skipinit_jax.models.layers import Conv, widen
 from skipinit_jax.models.looks_linear import (
   KERNEL_INITS,
   kernel_initializer,
@@ -86,7 +87,7 @@ def make_layers(
 
   convolve = functools.partial(_convolve, symmetric=symmetric_padding)
   conv = functools.partial(
-    nn.Conv, use_bias=biases, conv_general_dilated=convolve, **dtypes
+    Conv, use_bias=biases, conv_general_dilated=convolve, **dtypes
   )
   alpha = method.alpha_value(num_blocks)
   if alpha is None:
@@ -210,7 +211,7 @@ class ScalarBias(nn.Module):
     bias = self.param(
       'scalar_bias', nn.initializers.zeros, (), self.param_dtype
     )
-    return x + bias.astype(x.dtype)
+    return (widen(x) + widen(bias)).astype(x.dtype)
 
 
 @jax.custom_jvp

@@ -13,6 +13,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from skipinit_jax.models.checks import check_branch, check_scalar
+from skipinit_jax.models.layers import widen
 
 
 class SkipInit(nnx.Module):
@@ -40,20 +41,27 @@ class SkipInit(nnx.Module):
   def __call__(self, branch: jax.Array) -> jax.Array:
     """Returns alpha * branch, with the shape and dtype of `branch`."""
     check_branch(branch)
-    return self.alpha[...].astype(branch.dtype) * branch
+    alpha = widen(self.alpha[...])
+    return (alpha * widen(branch)).astype(branch.dtype)
 
 
 class _Folded:
   """A layer whose kernel and bias are read through a scalar `alpha`.
 
   NNX's layers pass (inputs, kernel, bias) to `promote_dtype` before they
-  compute: the place to multiply in `param_dtype`, as `skipinit.py` does.
+  compute: the place to multiply in `param_dtype`, as `skipinit.py` does, and to
+  leave the bias in float32 or wider, as `layers.py` does.
   """
 
   def __init__(self, *args, init_value: float = 0.0, **kwargs):
     check_scalar('init_value', init_value)
     super().__init__(*args, **kwargs)
     self.alpha = nnx.Param(jnp.asarray(init_value, self.param_dtype))
+
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """The scaled layer of `inputs`, of its compute dtype."""
+    dtype = self.dtype or jnp.result_type(inputs, self.param_dtype)
+    return super().__call__(inputs).astype(dtype)
 
   @property
   def promote_dtype(self) -> Callable:
@@ -62,8 +70,10 @@ class _Folded:
     def promote(arrays, **kwargs):
       inputs, *params = arrays
       alpha = self.alpha[...]
-      scaled = [None if p is None else alpha * p for p in params]
-      return self._promote_dtype((inputs, *scaled), **kwargs)
+      kernel, bias = (None if p is None else alpha * p for p in params)
+      promoted = self._promote_dtype((inputs, kernel, bias), **kwargs)
+      wide = None if bias is None else widen(bias)
+      return (*promoted[:2], wide)
 
     return promote
 

@@ -6,6 +6,7 @@ from flax.typing import Dtype
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.checks import check_branch, check_scalar
+from skipinit_jax.models.layers import Conv, Dense, widen
 
 
 class SkipInit(nn.Module):
@@ -40,7 +41,7 @@ class SkipInit(nn.Module):
     check_scalar('init_value', self.init_value)
     init = nn.initializers.constant(self.init_value)
     alpha = self.param('alpha', init, (), self.param_dtype)
-    return alpha.astype(branch.dtype) * branch
+    return (widen(alpha) * widen(branch)).astype(branch.dtype)
 
 
 class _Folded(nn.Module):
@@ -66,7 +67,7 @@ class _Folded(nn.Module):
     return alpha * value
 
 
-class SkipInitConv(_Folded, nn.Conv):
+class SkipInitConv(_Folded, Conv):
   """`nn.Conv` times a learnable scalar: what a residual branch should end in.
 
   Equal to `SkipInit(init_value)(nn.Conv(...)(x))` in function and gradients,
@@ -82,7 +83,7 @@ class SkipInitConv(_Folded, nn.Conv):
   """
 
 
-class SkipInitDense(_Folded, nn.Dense):
+class SkipInitDense(_Folded, Dense):
   """`nn.Dense` times a learnable scalar, folded as in `SkipInitConv`.
 
   >>> import jax, jax.numpy as jnp
