@@ -1,8 +1,8 @@
 """The data sets that fit on a device: where their images come from."""
 
 import contextlib
+import errno
 import hashlib
-import io
 import math
 import os
 import sys
@@ -75,7 +75,7 @@ def _decoded(
   records = source.open(split)
   folder = find_prepared(config.name, local_path(config.dir))
   cache = folder / f'decoded-{split}-{len(records)}.npz'
-  if cache.exists() and (arrays := _kept(cache)):
+  if cache.exists() and (arrays := again(lambda: _kept(cache))):
     return arrays
   images, labels = [], []
   for i in tqdm(range(len(records)), f'{config.name} {split}', disable=None):
@@ -106,15 +106,17 @@ def _decoded(
 
 def _kept(cache: Path) -> tuple[np.ndarray, np.ndarray] | None:
   """Decoded images and labels; None, and the file set aside, if damaged."""
-  data = again(cache.read_bytes)
   try:
-    with np.load(io.BytesIO(data)) as arrays:
+    with cache.open('rb') as file, np.load(file) as arrays:
       images, labels = arrays['images'], arrays['labels']
       if arrays['digest'].item() == _digest(images, labels):
         return images, labels
     reason = 'not what its digest says'
   except Exception as error:
-    # numpy and zipfile raise whatever they meet in a damaged file.
+    # numpy and zipfile raise whatever they meet in a damaged file: EINVAL where
+    # its directory points to a place before the file.
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+      raise  # The disk, not the file.
     reason = f'{type(error).__name__}: {error}'
   print(f'{cache} is damaged ({reason}); decoding again', file=sys.stderr)
   # Another process may have done so, or we may only read the folder.
