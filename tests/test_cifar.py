@@ -117,8 +117,8 @@ def test_a_disk_that_fails_is_no_damage(cifar, monkeypatch):
   open_dataset(config_of(folder))
   monkeypatch.setattr(reading, 'PAUSES', ())
 
-  def fail(path):
-    raise OSError(5, 'Input/output error', str(path))
+  def fail(file):
+    raise OSError(5, 'Input/output error')
 
   with monkeypatch.context() as patch:
     patch.setattr(np, 'load', fail)

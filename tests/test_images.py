@@ -515,6 +515,17 @@ def test_a_file_that_is_gone_since_it_was_listed_is_the_systems(
     take(data.train_batches(15, seed=0), 1)
 
 
+@pytest.mark.skipif(
+  not Path('/proc/self/mem').is_file(), reason='reads it to get an EIO'
+)
+def test_an_error_in_mid_read_names_the_file(tmp_path):
+  path = tmp_path / 'a.jpg'
+  path.symlink_to('/proc/self/mem')
+  with pytest.raises(OSError, match=r'Input/output error.*a\.jpg') as caught:
+    reading.read_image(str(path), 'a')
+  assert caught.value.errno == errno.EIO
+
+
 def test_the_waits_between_tries_grow(monkeypatch):
   slept = []
   monkeypatch.setattr(reading.time, 'sleep', slept.append)

@@ -58,9 +58,9 @@ def read_image(path: str, name: str) -> bytes:
       kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
       if kind == stat.S_IFREG:
         return file.readall()
-  except OSError:
-    if not (reason := _irregular(path)):
-      raise
+  except OSError as error:
+    if not (reason := _irregular(path)):  # Errors of read(2) have no name.
+      raise OSError(error.errno, error.strerror, path) from None
   else:
     reason = _KINDS.get(kind, 'special')
   raise Unreadable(name, f'{reason}, not a file')

@@ -116,7 +116,8 @@ def _kept(cache: Path) -> tuple[np.ndarray, np.ndarray] | None:
     # numpy and zipfile raise whatever they meet in a damaged file: EINVAL where
     # its directory points to a place before the file.
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
-      raise  # The disk, not the file.
+      # The disk, not the file. Errors of read(2) come without a name.
+      raise OSError(error.errno, error.strerror, str(cache)) from None
     reason = f'{type(error).__name__}: {error}'
   print(f'{cache} is damaged ({reason}); decoding again', file=sys.stderr)
   # Another process may have done so, or we may only read the folder.
