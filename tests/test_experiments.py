@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT
+from runs import ROOT, finish, wait_for
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments import __main__ as cli
@@ -87,6 +87,23 @@ def test_a_failed_run_is_named_the_others_finish_and_it_is_tried_again(
   assert len(again.runs) == 3
 
 
+def test_output_that_is_not_text_does_not_end_a_study(tmp_path):
+  def fail(run):
+    return run.cell.row == '16'
+
+  class Binary(Instant):
+    def __call__(self, run):
+      future = super().__call__(run)
+      if fail(run):
+        path = run.folder(self.workdir) / runner.OUTPUT
+        path.write_bytes(b'started\nerror: no file caf\xe9.jpg\n')
+      return future
+
+  failed = runner.run_study(GRID, tmp_path, Binary(tmp_path, fail))
+  assert len(failed) == 2
+  assert 'no file caf\ufffd.jpg (exit status 1; ' in failed[0]
+
+
 def test_a_result_that_can_not_be_read_is_run_again(tmp_path):
   runner.run_study(GRID, tmp_path, Instant(tmp_path))
   broken = make_run(GRID, Cell('', '16', 'skipinit'), -6, 0, TEST)
@@ -141,35 +158,46 @@ def test_a_study_of_real_runs(tmp_path):
   assert lines[-1].startswith('completed after 12 steps')
 
 
+# The command itself, with a study that trains two tiny networks at a time.
 STUDY = """
-import sys
-from pathlib import Path
+import dataclasses, sys
 sys.path.insert(0, {tests!r})
 from test_experiments import GRID
-from skipinit_jax.experiments import engines, runner
-import dataclasses
-grid = dataclasses.replace(GRID, overrides={{'epochs': 2000.0}})
-workdir = Path({workdir!r})
-with engines.local(workdir, jobs=2) as submit:
-  runner.run_study(grid, workdir, submit)
+from skipinit_jax.experiments import __main__ as command
+from skipinit_jax.experiments.studies import DEPTH, STUDIES
+grid = dataclasses.replace(GRID, rates=(-6,))
+STUDIES['depth'] = dataclasses.replace(DEPTH, grids={{'synthetic': grid}})
+command.main()
 """
-LONG = dataclasses.replace(GRID, overrides={'epochs': 2000.0})
 
 
-def start_long(workdir):
-  """A runner whose runs go on for minutes, when two have made steps."""
-  code = STUDY.format(tests=str(ROOT / 'tests'), workdir=str(workdir))
-  process = subprocess.Popen(
-    [sys.executable, '-c', code],
+def start_study(workdir, epochs):
+  """A study in a group of processes of its own, as from a shell."""
+  return subprocess.Popen(
+    [
+      sys.executable,
+      '-c',
+      STUDY.format(tests=str(ROOT / 'tests')),
+      'run',
+      'depth',
+      '--dataset=synthetic',
+      '--jobs=2',
+      f'--workdir={workdir}',
+      f'--config.epochs={epochs}',
+      '--config.checkpoint_every_steps=1000000',
+    ],
     env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''},
-    stderr=subprocess.DEVNULL,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
   )
-  end = time.monotonic() + 120
-  while len(stepping := steps_of(workdir)) < 2:
-    assert process.poll() is None
-    assert time.monotonic() < end
-    time.sleep(0.1)
-  return process, stepping
+
+
+def wait_for_steps(workdir, process):
+  """Until two runs have made steps; the steps by folder."""
+  wait_for(lambda: len(steps_of(workdir)) == 2, process, timeout=300)
+  return steps_of(workdir)
 
 
 def steps_of(workdir):
@@ -193,21 +221,53 @@ def alive(folder):
   return False
 
 
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
-def test_a_runner_that_ends_takes_its_runs_along_and_they_are_saved(
-  tmp_path, number
-):
-  process, before = start_long(tmp_path)
-  process.send_signal(number)
-  process.wait(60)
-  end = time.monotonic() + 60
-  while any(map(alive, before)):
-    assert time.monotonic() < end, 'a run outlived its runner'
-    time.sleep(0.1)
+def assert_saved(before):
   for folder, step in before.items():
     saved = [p.name for p in (folder / 'checkpoints').iterdir()]
     output = (folder / runner.OUTPUT).read_text()
     assert max(int(n) for n in saved if n.isdecimal()) >= step, output
+
+
+@pytest.mark.parametrize(
+  'number', [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1]
+)
+def test_a_runner_that_ends_takes_its_runs_along_and_they_are_saved(
+  tmp_path, number
+):
+  process = start_study(tmp_path, epochs=2000)
+  before = wait_for_steps(tmp_path, process)
+  process.send_signal(number)
+  status, _, err = finish(process)
+  if number != signal.SIGKILL:
+    assert status == 128 + number
+    assert f'stopped by {number.name}; the same command' in err
+  end = time.monotonic() + 300
+  while any(map(alive, before)):
+    assert time.monotonic() < end, 'a run outlived its runner'
+    time.sleep(0.1)
+  assert_saved(before)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_study_and_its_runs_at_once_saves_all_of_them(
+  tmp_path, number
+):
+  """As Ctrl-C does: to the whole group of processes."""
+  epochs = 250 if number == signal.SIGINT else 2000
+  process = start_study(tmp_path, epochs)
+  before = wait_for_steps(tmp_path, process)
+  os.killpg(process.pid, number)
+  status, _, err = finish(process)
+  assert status == 128 + number
+  assert err.splitlines()[-1].startswith(f'stopped by {number.name}; the same')
+  assert 'Traceback' not in err
+  assert not any(map(alive, before))
+  assert_saved(before)
+  if number == signal.SIGINT:
+    status, _, err = finish(start_study(tmp_path, epochs))
+    assert status == 0, err
+    for folder in before:
+      assert ', from step ' in (folder / runner.OUTPUT).read_text()
 
 
 @pytest.mark.slow

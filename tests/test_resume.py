@@ -1,15 +1,22 @@
 """Runs that are killed, and go on as if nothing had happened."""
 
+import contextlib
+import fcntl
 import os
+import pty
 import random
 import re
 import resource
 import signal
+import subprocess
+import sys
+import termios
 import time
 
 import numpy as np
 import pytest
 from runs import (
+  ROOT,
   TINY,
   assert_same_run,
   finish,
@@ -21,6 +28,7 @@ from runs import (
 )
 
 from skipinit_jax.training.__main__ import FAILED
+from skipinit_jax.training.signals import IMPATIENT, SIGNALS
 
 
 @pytest.fixture(scope='module')
@@ -122,7 +130,16 @@ def test_more_devices_go_on_with_the_same_batches(whole, tmp_path):
   del status, whole
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.fixture
+def hangup():
+  """SIGHUP, not ignored where the tests themselves run under nohup."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield signal.SIGHUP
+  signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures('hangup')
+@pytest.mark.parametrize('number', SIGNALS)
 def test_signal_saves_and_the_run_goes_on(number, whole, tmp_path):
   workdir = tmp_path / 'run'
   process = start(workdir, *TINY, '--config.checkpoint_every_steps=1000')
@@ -169,14 +186,94 @@ def test_signal_during_an_evaluation_puts_it_off(number, tmp_path):
   assert_same_run(tmp_path / 'cut', tmp_path / 'whole')
 
 
-def test_second_signal_stops_at_once(tmp_path):
-  flags = (*TINY, '--config.epochs=100000')
-  process = start(tmp_path / 'run', *flags)
+ENDLESS = (*TINY, '--config.epochs=100000')
+
+
+@pytest.mark.parametrize('number', IMPATIENT)
+def test_the_same_signal_again_stops_at_once(number, tmp_path):
+  process = start(tmp_path / 'run', *ENDLESS)
   wait_for(lambda: len(metric_lines(tmp_path / 'run')) > 2, process)
-  os.kill(process.pid, signal.SIGTERM)
-  os.kill(process.pid, signal.SIGINT)
-  status, _, _ = finish(process, timeout=20)
-  assert status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+  while process.poll() is None:  # Two that come together may be one.
+    process.send_signal(number)
+    time.sleep(0.01)
+  status, _, err = finish(process)
+  assert status == 128 + number
+  assert 'again: stopping at once' in err
+
+
+def test_another_signal_does_not_stop_at_once(hangup, tmp_path):
+  workdir = tmp_path / 'run'
+  process = start(workdir, *ENDLESS, '--config.checkpoint_every_steps=100000')
+  wait_for(lambda: len(metric_lines(workdir)) > 2, process)
+  for number in (signal.SIGINT, hangup, hangup, signal.SIGUSR1, signal.SIGTERM):
+    process.send_signal(number)
+    time.sleep(0.005)  # Else they come in the order of their numbers.
+  status, _, err = finish(process)
+  assert status > 128, err
+  assert 'which is saved' in err
+  assert saved_step(workdir) >= metric_lines(workdir)[-1]['step']
+
+
+def saved_step(workdir):
+  names = [p.name for p in (workdir / 'checkpoints').iterdir()]
+  return max(int(name) for name in names if name.isdecimal())
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
+  workdir = tmp_path / 'run'
+  process = subprocess.Popen(
+    ['nohup', sys.executable, 'train.py', f'--workdir={workdir}', *ENDLESS],
+    cwd=ROOT,
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  wait_for(lambda: len(metric_lines(workdir)) > 2, process)
+  process.send_signal(signal.SIGHUP)
+  step = metric_lines(workdir)[-1]['step']
+  wait_for(lambda: metric_lines(workdir)[-1]['step'] > step + 20, process)
+  process.send_signal(signal.SIGTERM)
+  status, _, err = finish(process)
+  assert status == 128 + signal.SIGTERM
+  assert 'SIGHUP' not in err
+
+
+@pytest.mark.usefixtures('hangup')
+def test_a_terminal_that_is_closed_loses_no_step(tmp_path):
+  """As when an ssh session is dropped: SIGHUP, and writing fails."""
+  workdir = tmp_path / 'run'
+  ours, its = pty.openpty()
+  process = subprocess.Popen(
+    [
+      sys.executable,
+      'train.py',
+      f'--workdir={workdir}',
+      *ENDLESS,
+      '--config.checkpoint_every_steps=100000',
+    ],
+    cwd=ROOT,
+    stdin=its,
+    stdout=its,
+    stderr=its,
+    start_new_session=True,
+    preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+  )
+  os.close(its)
+  os.set_blocking(ours, False)
+  shown = b''
+
+  def progress():
+    nonlocal shown
+    with contextlib.suppress(BlockingIOError):
+      shown += os.read(ours, 100_000)
+    return b'images/s' in shown
+
+  wait_for(progress, process)
+  step = metric_lines(workdir)[-1]['step']
+  os.close(ours)
+  assert process.wait(300) == 128 + signal.SIGHUP
+  assert saved_step(workdir) >= step
 
 
 def test_steps_in_one_call_resume_exactly(tmp_path):

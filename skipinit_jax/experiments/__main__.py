@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import signal
 import sys
+import types
 from pathlib import Path
 
 from skipinit_jax import cli
@@ -40,22 +41,33 @@ from skipinit_jax.experiments.studies import STUDIES, Grid, find_study
 from skipinit_jax.styles import LABELS
 from skipinit_jax.training.config import build_model, check_config
 from skipinit_jax.training.recipes import parse_overrides
+from skipinit_jax.training.signals import to_notice
 
 ENGINES = ('local', 'ray', 'print')
 
 
 def main() -> None:
   """Parses, and ends in one line where the input is bad."""
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  for number in to_notice():
+    signal.signal(number, _stop)
   args, rest = parser().parse_known_args()
   try:
     with cli.errors_in_one_line():
       if rest and args.action == 'list':
         raise InputError(f'unexpected argument {rest[0]!r}')
       args.call(args, rest)
-  except KeyboardInterrupt:
-    print('stopped; the same command goes on from here', file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
+  except KeyboardInterrupt as stop:
+    number = stop.args[0] if stop.args else signal.SIGINT
+    print(
+      f'stopped by {number.name}; the same command goes on from here',
+      file=sys.stderr,
+    )
+    sys.exit(128 + number)
+
+
+def _stop(number: int, frame: types.FrameType | None) -> None:
+  del frame
+  raise KeyboardInterrupt(signal.Signals(number))
 
 
 def parser() -> cli.Parser:

@@ -39,7 +39,7 @@ def run_process(
   Path(folder).mkdir(parents=True, exist_ok=True)
   command = [
     *(sys.executable, '-m', 'skipinit_jax.experiments.worker'),
-    *(str(os.getpid()), folder, *arguments),
+    *(folder, *arguments),
   ]
   paths = [PACKAGE, *filter(None, [os.environ.get('PYTHONPATH')])]
   environment = os.environ | {
@@ -48,16 +48,17 @@ def run_process(
   }
   with open(Path(folder) / OUTPUT, 'w') as output:
     process = subprocess.Popen(
-      command, env=environment, stdout=output, stderr=output
+      command,
+      env=environment,
+      stdin=subprocess.PIPE,  # The end of it asks the run to stop.
+      stdout=output,
+      stderr=output,
     )
-    asked = False
-    while True:
-      try:
-        return process.wait(0.2)
-      except subprocess.TimeoutExpired:
-        if stop.is_set() and not asked:
-          process.terminate()
-          asked = True
+    with process.stdin:
+      while not stop.is_set():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          return process.wait(0.2)
+    return process.wait()
 
 
 @contextlib.contextmanager

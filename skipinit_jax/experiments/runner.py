@@ -169,7 +169,7 @@ def progress_bar(grid: Grid, results: Results) -> tqdm.tqdm:
 def reason(run: Run, workdir: Path, status: Any) -> str:
   """Why a run failed: the last line that it printed."""
   path = run.folder(workdir) / OUTPUT
-  text = path.read_text() if path.exists() else ''
+  text = path.read_text(errors='replace') if path.exists() else ''
   lines = [line for line in text.splitlines() if line.strip()]
   last = lines[-1].removeprefix('error: ') if lines else 'no output'
   return f'{last} (exit status {status}; {path})'

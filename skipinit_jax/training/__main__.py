@@ -27,7 +27,7 @@ from skipinit_jax.training.recipes import (
   recipe_path,
   set_fields,
 )
-from skipinit_jax.training.signals import Stopped, leave
+from skipinit_jax.training.signals import Stopped, Tolerant, leave
 from skipinit_jax.training.startup import set_deterministic
 
 
@@ -185,6 +185,7 @@ def run() -> None:
   logging.set_verbosity(logging.FATAL)
   sys.unraisablehook = _unraisable
   faulthandler.enable()  # A crash of the runtime leaves a trace.
+  sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
   main(*parse(parser()))
 
 

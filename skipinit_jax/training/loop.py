@@ -49,7 +49,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     RunError: the run can't go on, for a reason outside it; what was saved stays
       good. Images that can't be read for a reason of the system: all steps made
       are saved.
-    Stopped: asked to stop by SIGTERM or SIGINT; all steps made are saved.
+    Stopped: asked to stop by one of `signals.SIGNALS`; all steps made are
+      saved.
   """
   began = time.perf_counter()
   workdir = epath.Path(workdir)

@@ -1,12 +1,25 @@
-"""SIGTERM and SIGINT: asked to stop, at any moment of a run."""
+"""Asked to stop by a signal, at any moment of a run."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import TextIO
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP comes from a terminal that is gone, SIGUSR1 from schedulers ahead of
+# time.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Sent twice by somebody who does not want to wait. The others may come in any
+# number: Ctrl-C reaches a study's run from the terminal and through its engine.
+IMPATIENT = (signal.SIGTERM, signal.SIGINT)
+
+
+def to_notice() -> list[signal.Signals]:
+  """SIGNALS without a SIGHUP that is ignored, as under nohup."""
+  ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  return [s for s in SIGNALS if not (ignored and s == signal.SIGHUP)]
 
 
 class Stopped(Exception):
@@ -23,17 +36,18 @@ class Stopped(Exception):
 
   @property
   def status(self) -> int:
-    """Exit status, as a shell gives it: 130 for SIGINT, 143 for SIGTERM."""
+    """Exit status, as a shell gives it: 128 and the signal's number."""
     return 128 + self.number
 
 
 class StopRequest:
-  """Notices SIGTERM and SIGINT while this is entered.
+  """Notices the SIGNALS while this is entered.
 
   Python runs a signal handler only between two of its own instructions, so not
   while XLA compiles. The operating system's wake-up byte goes to a thread
   instead, which acts within milliseconds: a first signal sets `requested`, or
-  leaves at once while there is nothing to lose; a second one leaves at once.
+  leaves at once while there is nothing to lose; the same of IMPATIENT again
+  leaves at once.
 
   Args:
     say: called with a line on what is being done.
@@ -54,7 +68,7 @@ class StopRequest:
       return self  # Only the main thread may set handlers.
     self._read, self._write = os.pipe()
     os.set_blocking(self._write, False)
-    self._before = {s: signal.signal(s, _ignore) for s in SIGNALS}
+    self._before = {s: signal.signal(s, _ignore) for s in to_notice()}
     self._wakeup = signal.set_wakeup_fd(self._write)
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()
@@ -71,17 +85,51 @@ class StopRequest:
     os.close(self._read)
 
   def _watch(self) -> None:
+    seen = set()
     while numbers := os.read(self._read, 1):
       number = numbers[0]
       if number not in SIGNALS:
         continue
       name = signal.Signals(number).name
-      if self.requested is not None:
+      if number in seen and number in IMPATIENT:
         leave(f'{name} again: stopping at once', 128 + number)
+      seen.add(number)
+      if self.requested is not None:
+        continue
       if self.nothing_to_lose:
         leave(f'{name} before the first step: nothing to save', 128 + number)
       self.requested = number
-      self._say(f'{name}: saving and stopping; once more to stop at once')
+      self._say(
+        f'{name}: saving and stopping; SIGINT or SIGTERM twice to stop at once'
+      )
+
+
+class Tolerant:
+  """A text stream whose terminal may be gone.
+
+  What can't be written is lost, and not the run: a progress line that fails
+  before the SIGHUP is noticed would end it unsaved.
+
+  Args:
+    stream: standard output or standard error.
+  """
+
+  def __init__(self, stream: TextIO):
+    self._stream = stream
+
+  def __getattr__(self, name: str):
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    """Writes what can be written."""
+    with contextlib.suppress(OSError):
+      self._stream.write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    """Flushes what can be flushed."""
+    with contextlib.suppress(OSError):
+      self._stream.flush()
 
 
 def leave(line: str, status: int) -> None:
