@@ -303,6 +303,29 @@ def test_ray_starts_the_runs_of_a_lost_machine_again(tmp_path, monkeypatch):
   assert sum(', from step ' in text for text in outputs) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')  # Ray's own.
+def test_ray_gives_up_a_run_that_is_always_lost(tmp_path, monkeypatch):
+  pytest.importorskip('ray')
+
+  def lost(arguments, folder, memory, stop):
+    with open(f'{folder}-starts', 'a') as file:
+      file.write('x')
+    os._exit(1)
+
+  monkeypatch.setattr(engines, 'run_process', lost)
+  monkeypatch.setattr(engines, 'RESTARTS', 2)
+  (tmp_path / 'runs').mkdir()
+  grid = dataclasses.replace(
+    GRID, rates=(-6,), rows=Axis('batch', {'16': {'batch_size': 16}})
+  )
+  with engines.on_ray(tmp_path, None, gpus=0, cpus=1) as submit:
+    (failed,) = runner.run_study(grid, tmp_path, submit)
+  assert 'lost 3 times, WorkerCrashedError' in failed
+  (starts,) = tmp_path.glob('runs/*-starts')
+  assert starts.read_text() == 'xxx'
+
+
 def test_ray_that_is_missing_says_how_to_install_it(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'ray', None)
   with (

@@ -22,7 +22,8 @@ LAYERS = {
   'experiments': {'models', 'data', 'training', 'ahead_of_time'},
   'analysis': {'models', 'data', 'training'},
 }
-SHARED = {'cli', 'errors', 'files', 'published', 'styles', 'version'}
+SHARED = {'cli', 'errors', 'files', 'interrupts', 'published'}
+SHARED = {*SHARED, 'styles', 'version'}
 
 
 def imports(path):

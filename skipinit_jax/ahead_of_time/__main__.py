@@ -18,6 +18,7 @@ from skipinit_jax.ahead_of_time.measure import (
   measure,
   remedy,
 )
+from skipinit_jax.interrupts import interrupt_as_usual
 from skipinit_jax.training import __main__ as training
 from skipinit_jax.training.lines import write_json
 
@@ -53,6 +54,7 @@ def parser() -> cli.Parser:
 
 def run() -> None:
   """Compiles, prints, and writes the JSON file."""
+  interrupt_as_usual()
   logging.set_verbosity(logging.ERROR)
   args, config = training.parse(parser())
   # Nothing is computed: an accelerator that is here is left alone.

@@ -33,6 +33,7 @@ from skipinit_jax.analysis import (
 from skipinit_jax.analysis.capture import capture
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.interrupts import interrupt_as_usual
 from skipinit_jax.training import train
 from skipinit_jax.training.config import (
   build_method,
@@ -69,6 +70,7 @@ DIGITS = {
 
 def main() -> None:
   """Parses, and ends in one line where the input is bad."""
+  interrupt_as_usual()
   parser = cli.Parser(
     prog='python -m skipinit_jax.analysis',
     description='Why the scalar works: signals, paths, gradients.',

@@ -11,6 +11,7 @@ from skipinit_jax.data.convert import convert
 from skipinit_jax.data.prepare import DOWNLOADED, prepare
 from skipinit_jax.data.records import local_path
 from skipinit_jax.errors import InputError
+from skipinit_jax.interrupts import interrupt_as_usual
 
 BROKEN, INTERRUPTED = 1, 130  # Exit statuses.
 
@@ -92,6 +93,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns the exit status."""
+  interrupt_as_usual()
   try:
     args = _parser().parse_args(argv)
     return args.run(args)

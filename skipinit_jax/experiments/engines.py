@@ -1,7 +1,7 @@
 """Engines: where a study's runs are computed, and how many at a time.
 
 Each is a context that gives a function: it starts a run and returns a future
-of the exit status.
+of the exit status, or of the words on how it was lost.
 """
 
 import concurrent.futures
@@ -20,6 +20,8 @@ from skipinit_jax.experiments.runner import OUTPUT
 
 # Of a GPU's memory, to all runs on it together.
 MEMORY = 0.9
+# Of a run whose machine or process Ray has lost.
+RESTARTS = 10
 # Where this package is found, in a checkout that is not installed too.
 PACKAGE = str(Path(__file__).resolve().parents[2])
 Submit = Callable[[Run], concurrent.futures.Future]
@@ -95,7 +97,7 @@ def require_ray() -> ModuleType:
 def on_ray(
   workdir: Path, address: str | None, gpus: float, cpus: float
 ) -> Iterator[Submit]:
-  """Runs as tasks of a Ray cluster, which starts lost ones again.
+  """Runs as tasks of a Ray cluster, which starts a lost one RESTARTS times.
 
   Args:
     workdir: that all of the cluster's machines see.
@@ -112,13 +114,22 @@ def on_ray(
   workdir = workdir.resolve()
   memory = MEMORY * (gpus if 0 < gpus < 1 else 1)
 
-  @ray.remote(num_gpus=gpus, num_cpus=cpus, max_retries=-1)
+  @ray.remote(num_gpus=gpus, num_cpus=cpus, max_retries=RESTARTS)
   def train(arguments: list[str], folder: str) -> int:
     return run_process(arguments, folder, memory, threading.Event())
 
   def submit(run: Run) -> concurrent.futures.Future:
     folder = str(run.folder(workdir))
-    return train.remote(run.arguments(workdir), folder).future()
+    ended = concurrent.futures.Future()
+
+    def end(task: concurrent.futures.Future) -> None:
+      if (error := task.exception()) is None:
+        ended.set_result(task.result())
+      else:
+        ended.set_result(f'lost {RESTARTS + 1} times, {type(error).__name__}')
+
+    train.remote(run.arguments(workdir), folder).future().add_done_callback(end)
+    return ended
 
   try:
     yield submit

@@ -120,7 +120,7 @@ def run_study(
   Args:
     grid: of the study.
     workdir: see `open_study`.
-    submit: the engine; its futures give exit statuses.
+    submit: the engine, see `engines`.
 
   Returns:
     A line on each run that failed, after the others are done.
@@ -172,4 +172,5 @@ def reason(run: Run, workdir: Path, status: Any) -> str:
   text = path.read_text(errors='replace') if path.exists() else ''
   lines = [line for line in text.splitlines() if line.strip()]
   last = lines[-1].removeprefix('error: ') if lines else 'no output'
-  return f'{last} (exit status {status}; {path})'
+  how = f'exit status {status}' if isinstance(status, int) else status
+  return f'{last} ({how}; {path})'
