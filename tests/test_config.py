@@ -54,7 +54,8 @@ POSITIVE = (
   *('batch_size', 'eval_batch_size', 'epochs', 'log_every_steps'),
   *('eval_every_epochs', 'checkpoint_every_steps', 'keep_checkpoints'),
   *('micro_batches', 'steps_per_call', 'profile_steps', 'divergence_limit'),
-  *('stuck_after_seconds', 'model__depth', 'model__width'),
+  *('stuck_at_start_seconds', 'stuck_after_seconds'),
+  *('model__depth', 'model__width'),
   *('schedule__every_epochs', 'optimizer__learning_rate'),
   *('optimizer__reference_batch', 'optimizer__clip_norm'),
   'optimizer__adaptive_clip',
@@ -78,6 +79,7 @@ def test_sizes_and_lengths_are_positive(field, value):
   'field',
   [
     *('epochs', 'eval_every_epochs', 'stuck_after_seconds'),
+    'stuck_at_start_seconds',
     *('schedule__every_epochs', 'optimizer__learning_rate'),
     *('optimizer__clip_norm', 'optimizer__adaptive_clip'),
     *(*SHARES, *NOT_NEGATIVE),

@@ -12,7 +12,8 @@ CHANGES = 'changes'  # In config.json, beside the fields.
 FREE = (
   *('eval_batch_size', 'checkpoint_every_steps', 'keep_checkpoints'),
   *('compilation_cache', 'allow_cpu', 'diverged_status', 'fall_back'),
-  *('stuck_after_seconds', 'accept_changes', 'data.dir', 'data.workers'),
+  *('stuck_at_start_seconds', 'stuck_after_seconds', 'accept_changes'),
+  *('data.dir', 'data.workers'),
   *('data.bad_share', 'profile_at', 'profile_steps'),
 )
 # Other fields of the network and the images are what the run is about.

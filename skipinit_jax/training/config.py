@@ -118,7 +118,10 @@ def default_config() -> ConfigDict:
   config.divergence_limit = 3  # skip: steps in a row; back: times.
   config.divergence_factor = 0.5  # back: on the learning rate, each time.
   config.diverged_status = 3  # Exit status of a run that diverged.
-  config.stuck_after_seconds = 1800.0  # Without a step the process ends.
+  # Without a step the process ends: before the first, with all compiling, and
+  # between two.
+  config.stuck_at_start_seconds = 3600.0
+  config.stuck_after_seconds = 1800.0
   config.fall_back = True  # From a damaged checkpoint to the one before it.
   config.accept_changes = False  # Go on in a workdir of another config.
   config.deterministic = False  # Same bits from run to run on GPUs; slower.
@@ -168,6 +171,7 @@ LIMITS = {
   'model.dropout': (0, 1 - 1e-6),
   'divergence_factor': (1e-6, 1 - 1e-6),
   'stuck_after_seconds': (1e-3, 1e8),
+  'stuck_at_start_seconds': (1e-3, 1e8),
 }
 SMALLEST = 1e-12  # Of numbers other than 0: products stay float32's.
 

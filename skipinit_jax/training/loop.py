@@ -52,8 +52,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     Stopped: asked to stop by one of `signals.SIGNALS`; all steps made are
       saved.
   """
+  # From here on: devices, files and other processes may hang as well.
+  with Watchdog(
+    config.stuck_at_start_seconds, config.stuck_after_seconds
+  ) as watchdog:
+    return _hold_and_train(config, epath.Path(workdir), watchdog)
+
+
+def _hold_and_train(
+  config: ConfigDict, workdir: epath.Path, watchdog: Watchdog
+) -> dict:
+  """The run, in a workdir that nobody else writes to meanwhile."""
   began = time.perf_counter()
-  workdir = epath.Path(workdir)
   startup.check_devices(config)
   check_config(config, jax.device_count())
   data = open_dataset(config.data)
@@ -66,7 +76,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       return result
     try:
       return _make_steps(
-        config, workdir, data, program, times, changes, check_held, began
+        config,
+        workdir,
+        data,
+        program,
+        times,
+        changes,
+        check_held,
+        watchdog,
+        began,
       )
     except (OSError, RunError) as error:
       check_held()  # The cause, where the workdir was moved away.
@@ -84,6 +102,7 @@ def _make_steps(
   times: Timetable,
   changes: Sequence[dict[str, Any]],
   check_held: Callable[[], None],
+  watchdog: Watchdog,
   began: float,
 ) -> dict:
   """The steps that are left, and the result."""
@@ -92,7 +111,6 @@ def _make_steps(
   place = devices.replicate if data.input_axis is None else devices.shard
   with (
     StopRequest(startup.say) as request,
-    Watchdog(config.stuck_after_seconds) as watchdog,
     Checkpoints(workdir, config, startup.say) as checkpoints,
     contextlib.ExitStack() as at_end,
     contextlib.ExitStack() as open_inputs,

@@ -1,9 +1,8 @@
-"""Ends a process whose steps have stopped coming, and says who is missing."""
+"""Ends a process whose steps do not come, and says who is missing."""
 
 import threading
 import time
 
-import jax
 from jax._src import distributed
 
 from skipinit_jax.training.signals import leave
@@ -20,19 +19,21 @@ class Watchdog:
   service how far it got.
 
   Args:
-    seconds: of silence after which the process ends, with status 75; None
-      never ends it. Silence counts from the first `beat`.
+    at_start: seconds without a first step after which the process ends, with
+      status 75: connecting, reading and compiling are one long silence.
+    seconds: the same between steps.
   """
 
-  def __init__(self, seconds: float | None):
-    self._seconds = seconds
+  def __init__(self, at_start: float, seconds: float):
+    self._at_start, self._seconds = at_start, seconds
     self._step: int | None = None
     self._last = time.monotonic()
     self._done = threading.Event()
 
   def __enter__(self):
     self._done.clear()
-    if self._seconds is not None:
+    # Other bounds are refused in a moment, by `check_config`.
+    if self._at_start > 0 and self._seconds > 0:
       threading.Thread(target=self._watch, daemon=True).start()
     return self
 
@@ -46,48 +47,52 @@ class Watchdog:
 
   def _watch(self) -> None:
     told = None
-    while not self._done.wait(min(1.0, self._seconds / 4)):
-      if self._step is None:
-        continue
+    while not self._done.wait(min(1.0, self._seconds / 4, self._at_start / 4)):
       beat = self._step, self._last
       if beat != told:
         _tell(self._step)
         told = beat
       silence = time.monotonic() - self._last
-      if silence > self._seconds:
+      starting = self._step is None
+      if silence > (self._at_start if starting else self._seconds):
         leave(
-          f'error: no progress for {silence:.0f} s after step {self._step}; '
+          f'error: no progress for {silence:.0f} s {_after(self._step)}; '
           f'{_who_is_missing()}',
           STUCK,
         )
 
 
-def _client():
-  return distributed.global_state.client if jax.process_count() > 1 else None
+def _after(step: int | None) -> str:
+  return 'before the first step' if step is None else f'after step {step}'
 
 
 def _key(process: int) -> str:
   return f'skipinit_jax/progress/{process}'
 
 
-def _tell(step: int) -> None:
-  if (client := _client()) is not None:
-    client.key_value_set(
-      _key(jax.process_index()), f'{step} {time.time()}', allow_overwrite=True
+# Not jax.process_count(), which waits for the devices, maybe for ever.
+def _tell(step: int | None) -> None:
+  job = distributed.global_state
+  if job.client is not None:
+    job.client.key_value_set(
+      _key(job.process_id),
+      f'{time.time()} {_after(step)}',
+      allow_overwrite=True,
     )
 
 
 def _who_is_missing() -> str:
-  client = _client()
-  if client is None:
+  job = distributed.global_state
+  if job.client is None:
     return 'this is the only process'
   lines = []
-  for process in range(jax.process_count()):
+  for process in range(job.num_processes):
     try:
-      step, when = client.key_value_try_get(_key(process)).split()
+      told = job.client.key_value_try_get(_key(process))
     except Exception:
       lines.append(f'process {process} was never heard of')
       continue
+    when, _, where = told.partition(' ')
     ago = time.time() - float(when)
-    lines.append(f'process {process} at step {step} {ago:.0f} s ago')
+    lines.append(f'process {process} {where} {ago:.0f} s ago')
   return 'last heard of: ' + '; '.join(lines)
