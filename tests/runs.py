@@ -107,6 +107,18 @@ def last_state(workdir):
   }
 
 
+def listing(workdir):
+  """Every path with its time, size and bytes."""
+  return {
+    str(p.relative_to(workdir)): (
+      p.lstat().st_mtime_ns,
+      p.lstat().st_size,
+      p.read_bytes() if p.is_file() and not p.is_symlink() else None,
+    )
+    for p in workdir.rglob('*')
+  }
+
+
 def assert_same_run(workdir, other):
   """Bitwise the same state, metrics and result."""
   ours, theirs = last_state(workdir), last_state(other)

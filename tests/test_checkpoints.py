@@ -1,5 +1,8 @@
 """Checkpoints: which are kept, and what damage does."""
 
+import errno
+import json
+import os
 import random
 import shutil
 import subprocess
@@ -9,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import listing
 
-from skipinit_jax.errors import RunError
+from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.models.stages import stack_blocks, unstack_blocks
+from skipinit_jax.training import checkpoints
 from skipinit_jax.training.checkpoints import Checkpoints, digest
 from skipinit_jax.training.config import default_config
+from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.step import TrainState
 
 # A read that fails leaves TensorStore's other reads without their event loop.
@@ -57,17 +63,17 @@ def recipe(**fields):
 
 
 def save(workdir, steps, tops=None, config=None):
-  with Checkpoints(workdir, config or recipe(), print) as checkpoints:
+  with Checkpoints(workdir, config or recipe(), print) as opened:
     for i, step in enumerate(steps):
       evals = {'top1': tops[i]} if tops and tops[i] is not None else None
-      checkpoints.save(step, make_state(step), evals)
+      opened.save(step, make_state(step), evals)
 
 
 def restore(workdir, said=None, config=None, like=None):
   like = like or jax.eval_shape(lambda: make_state(0))
   say = print if said is None else said.append
-  with Checkpoints(workdir, config or recipe(), say) as checkpoints:
-    return checkpoints.restore_latest(like)
+  with Checkpoints(workdir, config or recipe(), say) as opened:
+    return opened.restore_latest(like)
 
 
 def assert_is(state, step, **kwargs):
@@ -254,6 +260,183 @@ def test_digest_is_of_names_types_shapes_and_bytes():
   assert len({digest(tree) for tree in trees}) == len(trees)
   flipped = np.asfortranarray(x.reshape(2, 3))
   assert digest({'a': flipped}) == digest(trees[2])
+
+
+def newest_array(workdir):
+  return array_files(workdir, 20)[-1].relative_to(workdir / 'checkpoints/20')
+
+
+# Where a read can fail, in Python or in TensorStore.
+PARTS = ('check/metadata', 'state/_METADATA', 'state/manifest.ocdbt', 'array')
+
+
+def break_reads(workdir, part):
+  """Makes reads of a file fail with EIO, by the kernel; undone by a call."""
+  name = newest_array(workdir) if part == 'array' else part
+  path = workdir / 'checkpoints/20' / name
+  kept = path.rename(workdir.parent / 'kept')
+  path.symlink_to('/proc/self/mem')  # Its first page can't be read.
+  with pytest.raises(OSError, match='Input/output error'):
+    path.read_bytes()
+
+  def heal():
+    path.unlink()
+    kept.rename(path)
+
+  return heal
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_a_read_that_fails_is_not_damage(copy, part, monkeypatch):
+  break_reads(copy, part)
+  before, pauses, said = listing(copy), [], []
+  monkeypatch.setattr(checkpoints.time, 'sleep', pauses.append)
+  with pytest.raises(RunError) as error:
+    restore(copy, said)
+  line = 'checkpoint of step 20 can not be read (Input/output error)'
+  assert str(error.value) == f'{line}; nothing is changed'
+  assert pauses == list(checkpoints.PAUSES)
+  assert said == [f'{line}; trying again in {p:g} s' for p in pauses]
+  assert listing(copy) == before
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_a_read_that_fails_once_is_tried_again(copy, part, monkeypatch):
+  heal = break_reads(copy, part)
+  monkeypatch.setattr(checkpoints.time, 'sleep', lambda _: heal())
+  said = []
+  step, state = restore(copy, said)
+  assert step == 20
+  assert_is(state, 20)
+  assert len(said) == 1
+
+
+def test_an_error_that_passes_is_not_damage_though_it_gives_no_reason(
+  copy, monkeypatch
+):
+  whole, errors = Checkpoints._restore, [Exception('of Orbax')]
+
+  def fail_once(self, *args):
+    if errors:
+      raise errors.pop()
+    return whole(self, *args)
+
+  monkeypatch.setattr(Checkpoints, '_restore', fail_once)
+  assert restore(copy, said := [])[0] == 20
+  assert not said
+
+
+TROUBLE = ('EIO', 'ESTALE', 'EACCES', 'ENOSPC', 'EMFILE', 'ETIMEDOUT')
+
+
+@pytest.mark.parametrize('name', TROUBLE)
+def test_the_systems_reason_is_found_in_what_an_error_came_from(name):
+  number = getattr(errno, name)
+  reason = os.strerror(number)
+  errors = [
+    OSError(number, reason),
+    Exception(f"DATA_LOSS: x: {reason} [os_error_code='{number}']"),
+  ]
+  for error in errors:
+    assert checkpoints.of_system(error) == reason
+    cause, context = ValueError('v'), ValueError('v')
+    cause.__cause__, context.__context__ = error, error
+    around = RuntimeError('r')
+    around.__context__ = cause
+    for outer in (cause, context, around):
+      assert checkpoints.of_system(outer) == reason
+  assert checkpoints.of_system(TimeoutError('too slow')) == 'too slow'
+
+
+def test_what_is_missing_or_senseless_is_no_trouble_of_the_system():
+  for error in (
+    None,
+    Exception('bare'),
+    FileNotFoundError(errno.ENOENT, 'gone'),
+    Exception("NOT_FOUND: x: gone [os_error_code='2']"),
+  ):
+    assert checkpoints.of_system(error) is None
+  loop = ValueError()
+  loop.__context__ = RuntimeError()
+  loop.__context__.__context__ = loop
+  assert checkpoints.of_system(loop) is None
+
+
+def test_looking_changes_nothing(copy):
+  truncate(copy, 20)
+  (copy / 'checkpoints/30.orbax-checkpoint-tmp').mkdir()  # Being saved.
+  before, said = listing(copy), []
+  like = jax.eval_shape(lambda: make_state(0))
+  with Checkpoints(copy, recipe(), said.append, read_only=True) as opened:
+    step, state = opened.restore_latest(like)
+  assert step == 10
+  assert_is(state, 10)
+  assert 'step 20 is damaged' in said[0]
+  assert listing(copy) == before
+
+
+def test_a_checkpoint_deleted_while_it_is_looked_at_is_not_the_last(copy):
+  like = jax.eval_shape(lambda: make_state(0))
+  with Checkpoints(copy, recipe(), print, read_only=True) as opened:
+    assert opened.steps() == [10, 20]
+    save(copy, [30, 40])  # The two newest are kept.
+    step, state = opened.restore_latest(like)
+  assert step == 40
+  assert_is(state, 40)
+
+
+def write_config(workdir, config, **more):
+  fields = json.loads(dumps(config.to_dict()))
+  (workdir / 'config.json').write_text(json.dumps(fields | more))
+
+
+@pytest.mark.parametrize('how', ['rename', 'copytree'])
+def test_a_renamed_checkpoint_is_refused_by_name(copy, how):
+  old, new = copy / 'checkpoints/20', copy / 'checkpoints/28'
+  old.rename(new) if how == 'rename' else shutil.copytree(old, new)
+  before = listing(copy)
+  with pytest.raises(InputError) as error:
+    restore(copy)
+  assert str(error.value).startswith(f'{new} holds the state after step 20')
+  assert '\n' not in str(error.value)
+  assert listing(copy) == before
+
+
+def test_the_checkpoint_of_another_run_is_refused_by_name(copy, tmp_path):
+  other = tmp_path / 'other'
+  save(other, [30], config=recipe(seed=1, epochs=3.0))
+  shutil.copytree(other / 'checkpoints/30', copy / 'checkpoints/30')
+  write_config(copy, recipe())
+  before = listing(copy)
+  with pytest.raises(InputError) as error:
+    restore(copy)
+  path = copy / 'checkpoints/30'
+  assert str(error.value).startswith(f'{path} is of another run (')
+  assert 'seed=1 there, 0 here' in str(error.value)
+  assert 'epochs=3.0 there, 200.0 here' in str(error.value)
+  assert listing(copy) == before
+  assert restore(copy, config=recipe(accept_changes=True))[0] == 30
+
+
+def test_what_was_accepted_once_and_what_is_free_are_of_the_same_run(tmp_path):
+  save(tmp_path, [10], config=recipe(epochs=3.0, keep_checkpoints=5))
+  write_config(tmp_path, recipe(epochs=4.0, fall_back=False))
+  with pytest.raises(InputError, match=r'epochs=3.0 there, 4.0 here\); move'):
+    restore(tmp_path)
+  change = {'field': 'epochs', 'old': 3.0, 'new': 4.0, 'step': 10}
+  write_config(tmp_path, recipe(epochs=4.0), changes=[change])
+  assert restore(tmp_path)[0] == 10
+
+
+def test_a_checkpoint_that_does_not_say_where_it_is_from_is_taken(copy):
+  check = copy / 'checkpoints/20/check/metadata'
+  fields = json.loads(check.read_text())
+  assert fields['step'] == 20
+  check.write_text(json.dumps({'sha256': fields['sha256']}))
+  write_config(copy, recipe(seed=7))
+  step, state = restore(copy)
+  assert step == 20
+  assert_is(state, 20)
 
 
 FULL_DISK = """

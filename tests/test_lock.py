@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from runs import (
   TINY,
   empty_bucket,
   finish,
+  listing,
   metric_lines,
   start,
   start_two,
@@ -28,15 +30,10 @@ from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import lock
 from skipinit_jax.training.lock import LOCK, hold
 
-ENDLESS = (*TINY, '--config.epochs=100000')
-
-
-def files(workdir):
-  """Every path with its time and size."""
-  return {
-    p.relative_to(workdir): (p.lstat().st_mtime_ns, p.lstat().st_size)
-    for p in workdir.rglob('*')
-  }
+ENDLESS = (
+  *(*TINY, '--config.epochs=100000'),
+  '--config.checkpoint_every_steps=100',
+)
 
 
 def one_line(err):
@@ -67,6 +64,11 @@ def test_a_second_run_says_who_holds_the_workdir_and_touches_nothing(tmp_path):
     host = socket.gethostname()
     assert f'{workdir} is held by process {first.pid} on {host} since 2' in line
     assert (workdir / 'config.json').stat() == config
+    # Looking at it is no second run.
+    wait_for((workdir / 'checkpoints/100').exists, first)
+    status, out, err = finish(start(workdir, *ENDLESS, '--eval_only'))
+    assert status == 0, err
+    assert json.loads(out)['step'] >= 100
     assert first.poll() is None
     assert not is_free(workdir)
   finally:
@@ -78,9 +80,9 @@ def test_a_second_run_says_who_holds_the_workdir_and_touches_nothing(tmp_path):
 def test_of_several_processes_all_are_refused(tmp_path):
   workdir = tmp_path / 'run'
   with hold(workdir, print):
-    before = files(workdir)
+    before = listing(workdir)
     ends = [finish(process) for process in start_two(workdir, *TINY)]
-    assert files(workdir) == before
+    assert listing(workdir) == before
   assert [status for status, *_ in ends] == [2, 2], ends
   assert f'held by process {os.getpid()}' in one_line(ends[0][2])
   assert 'process 0 can not use' in one_line(ends[1][2])

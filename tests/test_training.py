@@ -3,15 +3,16 @@
 import copy
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from runs import last_state
+from runs import last_state, listing
 
 from skipinit_jax.data import open_dataset
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import changes, devices, startup, train
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.evaluate import evaluate
@@ -19,6 +20,7 @@ from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.loop import evaluate_latest
 from skipinit_jax.training.metrics import read_metrics
 from skipinit_jax.training.program import make_program
+from skipinit_jax.training.saved import load_run
 
 # Keys of issue 2.
 TRAIN_KEYS = {
@@ -198,6 +200,23 @@ def test_evaluating_the_newest_checkpoint_gives_the_runs_last(done):
   config, workdir, result = done
   again = evaluate_latest(config, workdir)
   assert {**again['eval'], 'step': again['step']} == result['eval']
+
+
+def test_looking_at_a_run_changes_nothing_even_if_its_newest_is_damaged(
+  done, tmp_path, capsys
+):
+  config, workdir, result = done
+  workdir = shutil.copytree(workdir, tmp_path / 'run')
+  folder = workdir / 'checkpoints'
+  newest = max(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+  (folder / str(newest) / 'check/metadata').write_text('{')
+  before = listing(workdir)
+  looked = evaluate_latest(config, workdir)['step'], load_run(workdir).step
+  assert looked[0] == looked[1] < newest == result['steps']
+  assert capsys.readouterr().err.count(f'step {newest} is damaged') == 2
+  with pytest.raises(RunError, match=f'step {newest} is damaged'):
+    load_run(folder / str(newest))
+  assert listing(workdir) == before
 
 
 def test_evaluation_needs_a_checkpoint(tmp_path):

@@ -1,10 +1,13 @@
 """Saving and restoring the training state with Orbax."""
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,15 +15,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
+from skipinit_jax.training.changes import CHANGES, FREE, are_changes, flatten
 from skipinit_jax.training.devices import replicate
+from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.step import TrainState
 
 FOLDER = 'checkpoints'
+PAUSES = (1.0, 2.0)  # In seconds, before a read is tried again.
+# Errors that tell of what is in a folder, not of trouble with reading it.
+CONTENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class Checkpoints:
@@ -30,19 +39,28 @@ class Checkpoints:
   so that a save that was cut off leaves the earlier ones as they are. Orbax
   keeps no checksum of arrays: a digest is saved beside them and compared.
 
+  A read that fails for a reason of the system (a network disk that does not
+  answer) is tried again, and then ends the run; it says nothing about the
+  checkpoint. One is damaged if it can be read, but not as it was written.
+
   Args:
     workdir: of the run; they lie in its folder `checkpoints`.
     config: its `keep_checkpoints` newest are kept, and the one with the best
       top-1 of those saved after an evaluation; `fall_back` lets a damaged one
       be passed over.
     say: called with a line about each damaged checkpoint.
+    read_only: changes nothing in the workdir, whose run may be going on.
   """
 
   def __init__(
-    self, workdir: os.PathLike, config: ConfigDict, say: Callable[[str], None]
+    self,
+    workdir: os.PathLike,
+    config: ConfigDict,
+    say: Callable[[str], None],
+    read_only: bool = False,
   ):
     self._folder = epath.Path(workdir) / FOLDER
-    self._config, self._say = config, say
+    self._config, self._say, self._read_only = config, say, read_only
     self._saving = None
     self._open()
 
@@ -64,15 +82,17 @@ class Checkpoints:
       get_metric_fn=top1, n=1, keep_checkpoints_without_metrics=False
     )
     newest = checkpoint_managers.LatestN(self._config.keep_checkpoints)
-    with _reasons(f'checkpoints in {self._folder} can not be used'):
+    folder = self._folder
+    with _reasons(f'checkpoints in {folder} can not be used'):
       self._manager = ocp.CheckpointManager(
-        self._folder if '://' in str(self._folder) else self._folder.resolve(),
+        folder if '://' in str(folder) else folder.resolve(),
         # Without them a fresh manager tells nothing of what was saved.
         item_handlers={
           'state': ocp.StandardCheckpointHandler(),
           'check': ocp.JsonCheckpointHandler(),
         },
         options=ocp.CheckpointManagerOptions(
+          read_only=self._read_only,
           best_fn=top1,  # Without it metrics are not written.
           preservation_policy=checkpoint_managers.AnyPreservationPolicy(
             [newest, best]
@@ -102,12 +122,20 @@ class Checkpoints:
     self.wait()  # Orbax would too, and blame this step for the one before.
     self._saving = step
     tree = jax.tree.map(np.asarray, serialization.to_state_dict(state))
+    fields = run_fields(self._config.to_dict())
     with _reasons(self._not_written()):
       saved = self._manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(tree),
-          check=ocp.args.JsonSave({'sha256': digest(tree)}),
+          check=ocp.args.JsonSave(
+            {
+              'sha256': digest(tree),
+              'step': step,
+              'run': run_hash(fields),
+              'fields': fields,
+            }
+          ),
         ),
         metrics=None if evals is None else {'top1': evals['top1']},
       )
@@ -121,17 +149,22 @@ class Checkpoints:
 
     Checkpoints of scanned and of unrolled networks serve both: blocks are
     stacked or unstacked as `like` needs them. A damaged checkpoint is reported
-    and moved out of the way.
+    and, unless this is read-only, moved out of the way.
 
     Raises:
+      InputError: the newest was made by another run, or at another step.
       RunError: the newest is damaged and there is none before it, or it may not
-        be passed over.
+        be passed over; or it can't be read for now.
     """
     steps = self.steps()
     for step in reversed(steps):
       try:
         return step, self.restore(step, like)
       except Damaged as error:
+        if self._read_only:  # Its run may have deleted it meanwhile.
+          self._manager.reload()
+          if self.steps() != steps:
+            return self.restore_latest(like)
         before = [s for s in steps if s < step]
         if not before:
           raise RunError(f'{error}, and there is none before it') from None
@@ -140,41 +173,122 @@ class Checkpoints:
             f'{error}; --config.fall_back=True goes on from step {before[-1]}'
           ) from None
         self._say(f'{error}; going on from step {before[-1]}')
-        self._set_aside(step)
+        if not self._read_only:
+          self._set_aside(step)
     return None, None
 
   def restore(self, step: int, like: TrainState) -> TrainState:
     """The state saved at `step`; see `restore_latest`.
 
     Raises:
-      Damaged: it can't be read, or not as it was written.
+      InputError: it was made by another run or network, or at another step.
+      Damaged: it can be read, but not as it was written.
+      RunError: it can't be read for now.
     """
+    pauses, failed = list(PAUSES), False
+    while True:
+      try:
+        state, check = self._restore(step, like)
+        break
+      except InputError:
+        raise
+      except Exception as error:  # Orbax raises bare exceptions here.
+        trouble = of_system(error) or self._unreadable(step)
+        line = _first_line(error)
+      if not trouble and failed:  # Twice, with nothing wrong in between.
+        raise Damaged(step, line)
+      if not trouble:
+        failed = True
+        continue
+      line = f'checkpoint of step {step} can not be read ({trouble})'
+      if not pauses:
+        raise RunError(f'{line}; nothing is changed')
+      self._say(f'{line}; trying again in {pauses[0]:g} s')
+      time.sleep(pauses.pop(0))
+    self._check_origin(step, check)
+    return replicate(state)
+
+  def _restore(
+    self, step: int, like: TrainState
+  ) -> tuple[TrainState, dict[str, Any]]:
     wanted = serialization.to_state_dict(like)
-    try:
-      saved = self._manager.item_metadata(step)['state']
-      convert = dict
-      if _has_stacked(saved) and not _has_stacked(wanted):
-        wanted, convert = _shapes(stack_blocks, wanted), unstack_blocks
-      elif _has_stacked(wanted) and not _has_stacked(saved):
-        wanted, convert = _shapes(unstack_blocks, wanted), stack_blocks
-      _check_shapes(saved, wanted)
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(
-            jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
-          ),
-          check=ocp.args.JsonRestore(),
+    saved = self._manager.item_metadata(step)['state']
+    if saved is None:
+      raise ValueError('the list of its arrays is missing')
+    convert = dict
+    if _has_stacked(saved) and not _has_stacked(wanted):
+      wanted, convert = _shapes(stack_blocks, wanted), unstack_blocks
+    elif _has_stacked(wanted) and not _has_stacked(saved):
+      wanted, convert = _shapes(unstack_blocks, wanted), stack_blocks
+    _check_shapes(saved, wanted)
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(
+          jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
         ),
+        check=ocp.args.JsonRestore(),
+      ),
+    )
+    tree, check = restored['state'], restored['check']
+    if digest(tree) != check['sha256']:
+      raise ValueError('its arrays are not those that were saved')
+    return serialization.from_state_dict(like, convert(tree)), check
+
+  def _check_origin(self, step: int, check: Mapping[str, Any]) -> None:
+    """Raises InputError for a checkpoint of another step or run."""
+    path = self._folder / str(step)
+    if check.get('step', step) != step:  # Older ones do not have it.
+      raise InputError(
+        f'{path} holds the state after step {check["step"]}: it was renamed; '
+        'name it by its step, or move it away'
       )
-    except InputError:
-      raise
-    except Exception as error:  # Orbax raises bare exceptions here.
-      raise Damaged(step, _first_line(error)) from None
-    tree = restored['state']
-    if digest(tree) != restored['check']['sha256']:
-      raise Damaged(step, 'its arrays are not those that were saved')
-    return replicate(serialization.from_state_dict(like, convert(tree)))
+    ours = self._config_json()
+    changes = ours.pop(CHANGES, [])
+    # Values that fields of this run once had.
+    before = (
+      [(change['field'], change['old']) for change in changes]
+      if are_changes(changes)
+      else []
+    )
+    ours = run_fields(ours)
+    if not ours or check.get('run') in (None, run_hash(ours)):
+      return
+    theirs = run_fields(check['fields'])
+    changed = [
+      f'{name}={theirs.get(name)!r} there, {ours.get(name)!r} here'
+      for name in {**theirs, **ours}
+      if theirs.get(name) != ours.get(name)
+      and (name, theirs.get(name)) not in before
+    ]
+    if changed and not self._config.accept_changes:
+      more = f'; and {len(changed) - 2} more' if len(changed) > 2 else ''
+      raise InputError(
+        f'{path} is of another run ({"; ".join(changed[:2])}{more}); move it '
+        'away, or take it with --config.accept_changes=True'
+      )
+
+  def _config_json(self) -> dict[str, Any]:
+    """The config of the run that is there, whatever this one is."""
+    try:
+      text = (self._folder.parent / 'config.json').read_text()
+      fields = json.loads(text)
+    except (FileNotFoundError, ValueError):
+      return {}
+    return fields if isinstance(fields, dict) else {}
+
+  def _unreadable(self, step: int) -> str | None:
+    """Why the files of a checkpoint can't be read; None if they can."""
+    try:
+      for path in _files(self._folder / str(step)):
+        with path.open('rb') as file:
+          while file.read(2**24):
+            pass
+    except FileNotFoundError:
+      return None
+    except Exception as error:
+      return _first_line(error)
+    return None
 
   def wait(self) -> None:
     """Waits until all is written; raises RunError if that went wrong."""
@@ -182,10 +296,10 @@ class Checkpoints:
       self._manager.wait_until_finished()
 
   def _not_written(self) -> str:
-    steps = sorted(
-      int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()
-    )
-    good = ', '.join(map(str, steps)) or 'none'
+    good = 'none'
+    with contextlib.suppress(OSError):  # The folder is gone.
+      names = [p.name for p in self._folder.iterdir() if p.name.isdecimal()]
+      good = ', '.join(sorted(names, key=int)) or 'none'
     return (
       f'the checkpoint of step {self._saving} could not be written '
       f'(whole ones: {good})'
@@ -194,10 +308,12 @@ class Checkpoints:
   def _set_aside(self, step: int) -> None:
     self._manager.close()
     aside = self._folder.parent / f'damaged-checkpoint-{step}'
-    if aside.exists():
-      aside.rmtree()
     if jax.process_index() == 0:
+      if aside.exists():
+        aside.rmtree()
       (self._folder / str(step)).rename(aside)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f'{aside.name} is set aside')
     self._open()
 
 
@@ -210,7 +326,7 @@ def saved_steps(workdir: os.PathLike | str) -> list[int]:
 
 
 class Damaged(RunError):
-  """A checkpoint that can't be read, or not as it was written."""
+  """A checkpoint that can be read, but not as it was written."""
 
   def __init__(self, step: int, reason: str):
     super().__init__(f'checkpoint of step {step} is damaged ({reason})')
@@ -228,6 +344,49 @@ class _reasons:
   def __exit__(self, kind, error, traceback):
     if isinstance(error, Exception) and not isinstance(error, RunError):
       raise RunError(f'{self._what}: {_first_line(error)}') from None
+
+
+def run_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a config that make its run, by dotted name, as in JSON."""
+  fields = flatten(json.loads(dumps(config)))
+  return {
+    name: value
+    for name, value in fields.items()
+    if name not in FREE and value is not None
+  }
+
+
+def run_hash(fields: Mapping[str, Any]) -> str:
+  """SHA-256 over the fields that make a run."""
+  text = dumps(fields, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def of_system(error: BaseException | None) -> str | None:
+  """The system's reason for an error, or for what it came from; else None.
+
+  What is missing or of the wrong kind is a matter of content, not of trouble.
+  """
+  seen = []
+  while error is not None and error not in seen:
+    seen.append(error)
+    if isinstance(error, TimeoutError | ConnectionError):
+      return _first_line(error)
+    if isinstance(error, OSError) and error.errno not in CONTENT:
+      return _first_line(error)
+    found = re.search(r"([^:]+) \[os_error_code='(\d+)'", str(error))
+    if found and int(found[2]) not in CONTENT:
+      return found[1].strip()
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from _files(path)
+    else:
+      yield path
 
 
 def digest(tree: Any) -> str:

@@ -220,7 +220,9 @@ def _make_steps(
 
 
 def evaluate_latest(config: ConfigDict, workdir: str | os.PathLike) -> dict:
-  """Evaluates the newest checkpoint of a run; writes nothing.
+  """Evaluates the newest checkpoint of a run, which may be going on.
+
+  Nothing in the workdir is changed.
 
   Args:
     config: of the run.
@@ -240,7 +242,7 @@ def evaluate_latest(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   data = open_dataset(config.data)
   program = make_program(config, data)
   startup.set_compilation_cache(config.compilation_cache)
-  with Checkpoints(workdir, config, startup.say) as checkpoints:
+  with Checkpoints(workdir, config, startup.say, read_only=True) as checkpoints:
     if not checkpoints.steps():
       raise InputError(f'{workdir} holds no checkpoint')
     step, state = startup.restore_or_create(program, config, data, checkpoints)

@@ -103,8 +103,8 @@ def load_run(checkpoint: os.PathLike | str) -> Saved:
 
   Raises:
     InputError: the folder holds no run, or no such checkpoint; or the run's
-      config is that of another network.
-    RunError: the checkpoint is damaged.
+      config is that of another network, or the checkpoint of another run.
+    RunError: the checkpoint is damaged, or can't be read for now.
   """
   config, workdir, step = find_checkpoint(checkpoint)
   data = open_dataset(config.data)
@@ -113,7 +113,7 @@ def load_run(checkpoint: os.PathLike | str) -> Saved:
   like = jax.eval_shape(
     lambda: initial_state(program, config, data, seed, rate)
   )
-  with Checkpoints(workdir, config, say) as checkpoints:
+  with Checkpoints(workdir, config, say, read_only=True) as checkpoints:
     if step is None:
       step, state = checkpoints.restore_latest(like)
     else:
