@@ -28,6 +28,7 @@ from runs import (
 
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import lock
+from skipinit_jax.training.checkpoints import saved_steps
 from skipinit_jax.training.lock import LOCK, hold
 
 ENDLESS = (
@@ -55,7 +56,7 @@ def test_a_second_run_says_who_holds_the_workdir_and_touches_nothing(tmp_path):
   workdir = tmp_path / 'run'
   first = start(workdir, *ENDLESS)
   try:
-    wait_for(lambda: len(metric_lines(workdir)) > 2, first)
+    wait_for(lambda: metric_lines(workdir), first, timeout=600)
     config = (workdir / 'config.json').stat()
     status, out, err = finish(start(workdir, *ENDLESS))
     assert status == 2, err
@@ -65,7 +66,7 @@ def test_a_second_run_says_who_holds_the_workdir_and_touches_nothing(tmp_path):
     assert f'{workdir} is held by process {first.pid} on {host} since 2' in line
     assert (workdir / 'config.json').stat() == config
     # Looking at it is no second run.
-    wait_for((workdir / 'checkpoints/100').exists, first)
+    wait_for(lambda: saved_steps(workdir), first, timeout=600)
     status, out, err = finish(start(workdir, *ENDLESS, '--eval_only'))
     assert status == 0, err
     assert json.loads(out)['step'] >= 100
@@ -173,7 +174,7 @@ def test_a_folder_moved_away_is_noticed(tmp_path, replaced):
 def test_a_run_whose_workdir_is_moved_away_ends_in_one_line(tmp_path):
   workdir = tmp_path / 'run'
   process = start(workdir, *ENDLESS)
-  wait_for(lambda: len(metric_lines(workdir)) > 2, process)
+  wait_for(lambda: metric_lines(workdir), process, timeout=600)
   workdir.rename(tmp_path / 'moved')
   status, _, err = finish(process)
   assert status == 1, err
