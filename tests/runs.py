@@ -75,7 +75,7 @@ def run(workdir, *flags, **kwargs):
   return out, err
 
 
-def wait_for(condition, process, timeout=120):
+def wait_for(condition, process, timeout=600):
   """Waits until `condition()` holds while `process` runs."""
   end = time.monotonic() + timeout
   while not condition():
