@@ -314,7 +314,7 @@ def test_a_diverged_run_is_evaluated_on_its_last_finite_parameters(diverged):
 
 def test_a_run_that_diverges_at_its_first_step_is_evaluated_too(tmp_path):
   # As a plain network of depth 1000 does: nothing is finite at the start.
-  config = recipe(model__alpha='1e30')
+  config = recipe(model__alpha='1e6', model__depth=28)
   result = train(config, tmp_path / 'run')
   assert (result['status'], result['steps']) == ('diverged', 0)
   assert result['eval']['step'] == 0
@@ -337,10 +337,10 @@ def test_going_back_ends_as_diverged_after_the_limit(tmp_path, capsys):
 
 def test_going_back_completes_with_a_smaller_rate(tmp_path):
   config = recipe(
-    optimizer__learning_rate=1e6,
+    optimizer__learning_rate=1e3,
     on_divergence='back',
     divergence_limit=3,
-    divergence_factor=1e-9,
+    divergence_factor=1e-6,
   )
   result = train(config, tmp_path / 'run')
   assert (result['status'], result['steps']) == ('completed', 12)
