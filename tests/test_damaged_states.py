@@ -628,18 +628,18 @@ def test_a_run_goes_on_whatever_its_files_hold(done, tmp_path, capsys):
 def test_a_changed_rate_and_seed_take_effect(done, tmp_path):
   workdir = copy(done, tmp_path / 'run', until=6)
   half = last_state(workdir)
-  config = recipe(optimizer__learning_rate=1e-30, seed=7)
+  config = recipe(optimizer__learning_rate=1e-12, seed=7)
   config.accept_changes = True
   train(config, workdir)
   end = last_state(workdir)
   for name, leaf in half.items():
-    if name.startswith("['params']"):  # So small a rate moves nothing.
-      np.testing.assert_array_equal(end[name], leaf, err_msg=name)
+    if name.startswith("['params']"):  # So small a rate moves next to nothing.
+      np.testing.assert_allclose(end[name], leaf, rtol=0, atol=1e-8)
   assert (end["['seed']"], end["['step']"]) == (7, TOTAL)
   rates = {
     x['step']: x['learning_rate'] for x in read_metrics(workdir) if 'loss' in x
   }
-  assert [s for s, r in rates.items() if r < 1e-20] == [8, 10, 12]
+  assert [s for s, r in rates.items() if r < 1e-10] == [8, 10, 12]
   written = json.loads((workdir / 'config.json').read_text())
   assert [(c['field'], c['step']) for c in written['changes']] == [
     ('optimizer.learning_rate', 6),
