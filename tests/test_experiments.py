@@ -26,7 +26,7 @@ GRID = Grid(
   fields={'epochs': 3.0, 'model.depth': 10},
   rows=Axis('batch', {str(b): {'batch_size': b} for b in (16, 32)}),
   columns=('skipinit',),
-  rates=(-6, 40),
+  rates=(-6, 39),
   validation=8,
   seeds=1,
   best=1,
@@ -413,9 +413,15 @@ def test_a_study_from_the_command_line(tiny_study, tmp_path, capsys):
   [
     (['run', 'dept'], "unknown study 'dept'; did you mean 'depth'?"),
     (['run', 'depth', '--dataset=digit'], "data set of depth 'digit'; did"),
-    (['run', 'depth', '--jobs=0'], '--jobs=0 must be 1 or more'),
+    (
+      ['run', 'depth', '--jobs=0'],
+      "--jobs: '0': expected a whole number from 1",
+    ),
     (['run', 'depth', '--config.epoch=1'], "no field 'epoch'; did you mean"),
-    (['run', 'depth', '--config.batch_size=0'], 'batch_size=0 must be more'),
+    (
+      ['run', 'depth', '--config.batch_size=0'],
+      'batch_size=0: expected a finite number from 1',
+    ),
     (
       ['run', 'depth', '--dataset=cifar10', '--config.data.dir=/nowhere'],
       'no cifar10 in /nowhere; run: python -m skipinit_jax.data prepare',
