@@ -307,22 +307,6 @@ def run(*args, timeout=300):
   )
 
 
-@pytest.mark.parametrize(
-  ('args', 'message'),
-  [
-    (['--topology=v9:2x2'], "unknown chip 'v9'"),
-    (['--config.model.dept=10'], "no field 'dept'; did you mean 'depth'?"),
-    (['--json=/nowhere/file.json'], 'can not write /nowhere/file.json'),
-  ],
-)
-def test_bad_input_is_one_line(args, message):
-  done = run('--config=digits', *args)
-  assert done.returncode == 2
-  assert done.stderr.startswith('error: ')
-  assert message in done.stderr
-  assert done.stderr.count('\n') == 1
-
-
 def test_command_line_prints_and_writes_figures(tmp_path):
   pytest.importorskip('libtpu')
   file = tmp_path / 'figures.json'

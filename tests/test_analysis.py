@@ -131,23 +131,3 @@ def test_a_run_that_did_not_watch_is_told_how_to(tmp_path):
   train(set_fields(load_recipe('digits'), TINY), tmp_path)
   with pytest.raises(InputError, match=r'--config\.watch_every_steps=N'):
     along.measure({'skipinit': tmp_path})
-
-
-@pytest.mark.parametrize(
-  ('args', 'line'),
-  [
-    (['path'], "unknown kind 'path'; did you mean 'paths'?"),
-    (['paths', '--config=digit'], "unknown recipe 'digit'"),
-    (['paths', '--config.model.dept=3'], "no field 'model.dept'"),
-    (['paths', '--config.model.depth=11'], 'depth=11 of a Wide-ResNet'),
-    (['paths', '--checkpoint=nowhere'], 'nowhere holds no run'),
-  ],
-)
-def test_a_mistake_is_one_line(args, line, tmp_path, monkeypatch, capsys):
-  monkeypatch.chdir(tmp_path)
-  status, err = command(capsys, *args)
-  assert status == 2
-  lines = [x for x in err.splitlines() if x != 'paths ...']
-  assert len(lines) == 1
-  assert lines[0].startswith('error: ')
-  assert line in lines[0]

@@ -83,7 +83,7 @@ def assert_close(narrow, full):
 @pytest.mark.parametrize('family', [wide, bottleneck])
 def test_gradients_of_a_network_are_those_in_float32(family, method):
   rng = np.random.default_rng(1)
-  images = np.abs(rng.standard_normal((4, 16, 16, 3))).astype(np.float32)
+  images = np.abs(rng.standard_normal((8, 16, 16, 3))).astype(np.float32)
 
   def make(dtype):
     return family(method=method, biases=method != 'batchnorm', dtype=dtype)
@@ -103,7 +103,7 @@ def test_gradients_of_a_dense_network_are_those_in_float32(method):
 
 def test_gradients_of_scanned_blocks_are_those_in_float32():
   rng = np.random.default_rng(1)
-  images = np.abs(rng.standard_normal((4, 16, 16, 3))).astype(np.float32)
+  images = np.abs(rng.standard_normal((8, 16, 16, 3))).astype(np.float32)
 
   def make(dtype):
     return WideResNet(16, 1, biases=True, scan=True, dtype=dtype)

@@ -608,7 +608,7 @@ def bad_sets(tmp_path, prepared):
   here = str(prepared)
   return {
     'bucket': ({'dir': 'gs://bucket/data'}, 'is a bucket.*mount it'),
-    'empty': ({'dir': ''}, 'data.dir is empty'),
+    'empty': ({'dir': ''}, 'data.dir=: expected the folder'),
     'absent': (
       {'dir': str(tmp_path), 'name': 'imagenet2012'},
       'no imagenet2012 in .* run: python -m skipinit_jax.data prepare '
