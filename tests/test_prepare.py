@@ -75,6 +75,13 @@ def command(*args):
   )
 
 
+def refuse(*args):
+  """Bad input: exit status 2."""
+  with pytest.raises(SystemExit) as ended:
+    main([*args])
+  assert ended.value.code == 2
+
+
 def error_line(done):
   """The one line of a command that failed on bad input."""
   assert done.returncode == 2, done.stderr
@@ -371,7 +378,7 @@ def test_convert_keeps_every_record_in_its_place(recorded, tmp_path, capsys):
   assert all_records(tmp_path / 'new') == before
   assert [path.name for path in target.parent.iterdir()] == ['1.0.0']
   assert list(folder.glob('*tfrecord*'))  # The old set stays.
-  assert main(['convert', str(folder), str(target)]) == 2
+  refuse('convert', str(folder), str(target))
   assert 'exists; name a folder that does not' in capsys.readouterr().err
 
 
@@ -392,7 +399,7 @@ def test_damaged_tfrecords_leave_nothing_behind(
   path = min(folder.glob('*train*'))
   path.write_bytes(damage(path.read_bytes()))
   target = tmp_path / 'new' / 'toy' / '1.0.0'
-  assert main(['convert', str(folder), str(target)]) == 2
+  refuse('convert', str(folder), str(target))
   error = capsys.readouterr().err.splitlines()[-1]
   assert message in error
   assert path.name in error
@@ -438,7 +445,7 @@ def test_misuse_is_one_line_and_status_2(arguments, capsys):
   bool(importlib.util.find_spec('tensorflow')), reason='TensorFlow is here'
 )
 def test_preparing_without_tensorflow_names_the_extra(capsys):
-  assert main(['prepare', 'cifar10', '--data-dir', 'x']) == 2
+  refuse('prepare', 'cifar10', '--data-dir', 'x')
   error = capsys.readouterr().err
   assert error == (
     "error: tensorflow is not installed: pip install 'skipinit-jax[prepare]'\n"
