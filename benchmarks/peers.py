@@ -17,6 +17,7 @@ from skipinit_jax.models import blocks
 from skipinit_jax.models.layers import Conv, widen
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.devices import AXIS
+from skipinit_jax.training.recipes import load_recipe
 
 IMAGE = (224, 224, 3)
 CLASSES = 1000
@@ -42,7 +43,8 @@ def recipe(network: str, data: str, batch_size: int) -> ConfigDict:
   """
   config = default_config()
   config.batch_size = batch_size
-  config.data.name = data
+  config.data = load_recipe(data.removesuffix('2012')).data
+  config.data.shift, config.data.flip = 0, False  # Networks are compared.
   config.optimizer.nesterov = True
   config.optimizer.l2 = 1e-4
   config.schedule.name = 'cosine'

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import growth, peers, throughput, tpu_cost
+from skipinit_jax.ahead_of_time.measure import stand_in
 from skipinit_jax.models import blocks
 from skipinit_jax.models.skipinit import SkipInitConv
 from skipinit_jax.training.config import build_model, check_config
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_our_networks_are_recipes_that_can_run(network, data):
   config = peers.recipe(network, data, 128)
   check_config(config, 4)
+  side = {'cifar10': 32, 'imagenet2012': 224}[data]
+  assert stand_in(config.data).image_shape == (side, side, 3)
   model = build_model(config, 10, 'gpu')
   assert model.dtype == 'bfloat16'
   assert (config.micro_batches > 1) == network.startswith('micro')
