@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import jax
 import numpy as np
+import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from skipinit_jax.training.metrics import TIMINGS, read_metrics
@@ -149,3 +150,18 @@ def empty_bucket():
   fsspec.register_implementation('gcs', Bucket, clobber=True)
   Bucket.store.clear()
   return 'gs://bucket'
+
+
+def by_tpu_compiler(code, *args):
+  """What `code` prints as JSON, in a process of its own with libtpu."""
+  pytest.importorskip('libtpu')
+  done = subprocess.run(
+    [sys.executable, '-c', code, *map(str, args)],
+    cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)

@@ -6,10 +6,6 @@ gradient is then the small difference of large ones, and no ReLU changes its
 mind for a rounding error. What is left is how the terms are added up.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -18,6 +14,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from runs import by_tpu_compiler
 
 from skipinit_jax import METHODS, SkipInit, SkipInitConv, SkipInitDense
 from skipinit_jax.models import DenseResNet, ResNet, WideResNet
@@ -195,23 +192,9 @@ print(json.dumps(found))
 """
 
 
-def narrow_sums(images, size, *rows):
-  """Of the recipe's rows, by the TPU compiler, in a process of its own."""
-  pytest.importorskip('libtpu')
-  done = subprocess.run(
-    [sys.executable, '-c', TPU, str(images), str(size), *rows],
-    cwd=ROOT,
-    env=os.environ | {'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
-
-
 def test_a_tpu_adds_up_nothing_long_in_bfloat16():
-  assert narrow_sums(8, 64, 'fixup_dropout') == {'fixup_dropout': []}
+  found = by_tpu_compiler(TPU, 8, 64, 'fixup_dropout')
+  assert found == {'fixup_dropout': []}
 
 
 @pytest.mark.slow
@@ -224,4 +207,4 @@ def test_a_tpu_adds_up_nothing_long_in_bfloat16_in_any_row():
     'regularized_skipinit',
     'batchnorm_dropout',
   )
-  assert narrow_sums(64, 224, *rows) == {row: [] for row in rows}
+  assert by_tpu_compiler(TPU, 64, 224, *rows) == {row: [] for row in rows}

@@ -1,15 +1,12 @@
 """Counting traffic, FLOPs and collectives in optimized HLO."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import by_tpu_compiler
 
 from skipinit_jax.ahead_of_time import hlo
 from skipinit_jax.errors import InputError
@@ -364,19 +361,8 @@ json.dump(out, sys.stdout)
 @pytest.fixture(scope='module')
 def tpu():
   """Counts of small programs by the TPU compiler, in a process of its own."""
-  pytest.importorskip('libtpu')
-  done = subprocess.run(
-    [sys.executable, '-c', TPU],
-    cwd=ROOT,
-    env=os.environ | {'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
   return {
-    name: hlo.Counts(*counts)
-    for name, counts in json.loads(done.stdout).items()
+    name: hlo.Counts(*counts) for name, counts in by_tpu_compiler(TPU).items()
   }
 
 

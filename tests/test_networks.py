@@ -687,17 +687,22 @@ def test_dropout_drops_its_rate_and_keeps_the_mean():
   assert np.abs(per_feature - 0.7).max() < 5 * (0.21 / 500) ** 0.5
 
 
-def test_a_network_cut_into_micro_batches_gives_the_same_logits():
+def dropping(shape):
+  """A small network with Dropout as train(x, first_example), and its images."""
   model = ResNet(
     (1,), num_classes=5, features=4, small_images=True, dropout=0.5
   )
-  shape = (6, 8, 8, 1)
   variables, x = randomize(model, shape), images(shape)
 
   def train(x, first):
     rngs = {'dropout': jax.random.key(0)}
     return model.apply(variables, x, train=True, rngs=rngs, first_example=first)
 
+  return train, x
+
+
+def test_a_network_cut_into_micro_batches_gives_the_same_logits():
+  train, x = dropping((6, 8, 8, 1))
   whole = train(x, 0)
   parts = np.concatenate([train(x[i : i + 3], i) for i in (0, 3)])
   np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-5)
@@ -706,16 +711,7 @@ def test_a_network_cut_into_micro_batches_gives_the_same_logits():
 
 
 def test_under_vmap_dropout_is_told_which_example_it_has():
-  model = ResNet(
-    (1,), num_classes=5, features=4, small_images=True, dropout=0.5
-  )
-  shape = (4, 4, 4, 1)
-  variables, x = randomize(model, shape), images(shape)
-
-  def train(x, first):
-    rngs = {'dropout': jax.random.key(0)}
-    return model.apply(variables, x, train=True, rngs=rngs, first_example=first)
-
+  train, x = dropping((4, 4, 4, 1))
   each = jax.vmap(lambda image, i: train(image[None], i)[0])
   whole = train(x, 0)
   np.testing.assert_allclose(each(x, jnp.arange(4)), whole, 1e-4, 1e-5)
