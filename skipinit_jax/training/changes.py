@@ -1,13 +1,19 @@
 """Fields of a run that change while it goes on: which may, and from when."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from skipinit_jax.errors import InputError
+from skipinit_jax.files import DamagedFile, read_json
+from skipinit_jax.training.config import default_config
 from skipinit_jax.training.lines import is_number
 
-CHANGES = 'changes'  # In config.json, beside the fields.
+CONFIG = 'config.json'
+CHANGES = 'changes'  # In it, beside the fields.
 # Fields that may differ when a run goes on: they don't change its numbers.
 FREE = (
   *('eval_batch_size', 'checkpoint_every_steps', 'keep_checkpoints'),
@@ -26,6 +32,25 @@ PARTS = (
 )
 RATE = ('optimizer.learning_rate', 'optimizer.reference_batch')
 SHOWN = 2  # Of the fields that differ, in an error.
+
+
+def read_config(
+  workdir: os.PathLike | str,
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+  """The fields in a workdir's config.json, None if none, and their changes.
+
+  Raises:
+    DamagedFile: it is not the config of a run.
+    RunError: it can't be read.
+  """
+  path = epath.Path(workdir) / CONFIG
+  fields = read_json(path)
+  if fields is None:
+    return None, []
+  changes = fields.pop(CHANGES, [])
+  if not _are_changes(changes) or not fields.keys() & default_config().keys():
+    raise DamagedFile(path, 'it is not the config of a run')
+  return fields, changes
 
 
 def differences(
@@ -102,7 +127,7 @@ def changes_rate(changes: Iterable[Mapping[str, Any]], step: int) -> bool:
   return any(c['field'] in RATE and c['step'] >= step for c in changes)
 
 
-def are_changes(value: Any) -> bool:
+def _are_changes(value: Any) -> bool:
   """Whether this is what config.json may hold under CHANGES."""
   return isinstance(value, list) and all(
     isinstance(change, dict)

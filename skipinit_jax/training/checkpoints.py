@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.files import DamagedFile
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
-from skipinit_jax.training.changes import CHANGES, FREE, are_changes, flatten
+from skipinit_jax.training.changes import FREE, flatten, read_config
 from skipinit_jax.training.devices import replicate
 from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.step import TrainState
@@ -243,15 +244,13 @@ class Checkpoints:
         f'{path} holds the state after step {check["step"]}: it was renamed; '
         'name it by its step, or move it away'
       )
-    ours = self._config_json()
-    changes = ours.pop(CHANGES, [])
+    try:  # Of the run that is there, whatever this one is.
+      ours, changes = read_config(self._folder.parent)
+    except DamagedFile:
+      return
     # Values that fields of this run once had.
-    before = (
-      [(change['field'], change['old']) for change in changes]
-      if are_changes(changes)
-      else []
-    )
-    ours = run_fields(ours)
+    before = [(change['field'], change['old']) for change in changes]
+    ours = run_fields(ours or {})
     if not ours or check.get('run') in (None, run_hash(ours)):
       return
     theirs = run_fields(check['fields'])
@@ -267,15 +266,6 @@ class Checkpoints:
         f'{path} is of another run ({"; ".join(changed[:2])}{more}); move it '
         'away, or take it with --config.accept_changes=True'
       )
-
-  def _config_json(self) -> dict[str, Any]:
-    """The config of the run that is there, whatever this one is."""
-    try:
-      text = (self._folder.parent / 'config.json').read_text()
-      fields = json.loads(text)
-    except (FileNotFoundError, ValueError):
-      return {}
-    return fields if isinstance(fields, dict) else {}
 
   def _unreadable(self, step: int) -> str | None:
     """Why the files of a checkpoint can't be read; None if they can."""

@@ -12,13 +12,12 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
-from skipinit_jax.files import read_json
 from skipinit_jax.models.resnet import ResNet
-from skipinit_jax.training.changes import CHANGES
+from skipinit_jax.training.changes import CONFIG, read_config
 from skipinit_jax.training.checkpoints import FOLDER, Checkpoints, saved_steps
 from skipinit_jax.training.config import default_config, peak_rate
 from skipinit_jax.training.program import make_program
-from skipinit_jax.training.startup import CONFIG, initial_state, say
+from skipinit_jax.training.startup import initial_state, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +48,18 @@ def config_of(workdir: os.PathLike | str) -> ConfigDict:
     InputError: there is none, or none that this version can use.
     RunError: it is damaged.
   """
-  path = epath.Path(workdir) / CONFIG
-  fields = read_json(path)
+  fields, _ = read_config(workdir)
   if fields is None:
     raise InputError(f'{workdir} holds no run: {CONFIG} is missing')
-  fields.pop(CHANGES, None)
   config = default_config()
   try:
     with config.unlocked():  # Data sets have fields of their own.
       config.update(fields)
   except (AttributeError, TypeError, ValueError) as error:
     reason = str(error).splitlines()[0]
-    raise InputError(f'{path} is no config of a run: {reason}') from None
+    raise InputError(
+      f'{workdir}/{CONFIG} is no config of a run: {reason}'
+    ) from None
   return config
 
 

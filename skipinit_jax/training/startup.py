@@ -19,17 +19,18 @@ from ml_collections import ConfigDict
 
 from skipinit_jax import published
 from skipinit_jax.errors import InputError, unwritable
-from skipinit_jax.files import DamagedFile, read_json, set_aside
+from skipinit_jax.files import DamagedFile, set_aside
 from skipinit_jax.models.parameters import count_parameters
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import unstack_blocks
 from skipinit_jax.training.changes import (
   CHANGES,
-  are_changes,
+  CONFIG,
   changes_rate,
   check_changes,
   describe_changes,
   differences,
+  read_config,
 )
 from skipinit_jax.training.checkpoints import Checkpoints, saved_steps
 from skipinit_jax.training.config import build_method, loops, peak_rate
@@ -40,7 +41,7 @@ from skipinit_jax.training.program import Program
 from skipinit_jax.training.step import TrainState, create_state
 from skipinit_jax.training.timetable import Timetable
 
-CONFIG, RESULT = 'config.json', 'result.json'
+RESULT = 'result.json'
 # Device files of accelerators, and what to install for each.
 ACCELERATORS = {
   '/dev/nvidia[0-9]*': ('GPU', "pip install 'jax[cuda13]' (or 'jax[cuda12]')"),
@@ -102,7 +103,7 @@ def open_workdir(
   path = workdir / CONFIG
   ours = plain(config)
   try:
-    theirs, changes = read_config(workdir, ours)
+    theirs, changes = read_config(workdir)
     damage = None
   except ImportError as error:  # A bucket, and no package to reach it.
     raise InputError(f'--workdir={workdir}: {error}') from None
@@ -145,25 +146,6 @@ def open_workdir(
         'has written: the workdir must be a folder that all hosts share'
       )
   return changes + new
-
-
-def read_config(
-  workdir: epath.Path, ours: dict[str, Any]
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-  """The fields in a workdir's config.json, None if none, and their changes.
-
-  Raises:
-    DamagedFile: it is not the config of a run.
-    RunError: it can't be read.
-  """
-  path = workdir / CONFIG
-  theirs = read_json(path)
-  if theirs is None:
-    return None, []
-  changes = theirs.pop(CHANGES, [])
-  if not are_changes(changes) or not theirs.keys() & ours.keys():
-    raise DamagedFile(path, 'it is not the config of a run')
-  return theirs, changes
 
 
 def _doubt(
