@@ -173,8 +173,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def plot(axes, xs, ys, style, label, bars=None) -> None:
   color, marker, dashes = style
   axes.errorbar(
-    *(xs, ys, bars),
-    **{'color': color, 'marker': marker, 'linestyle': dashes, 'label': label},
+    xs,
+    ys,
+    bars,
+    color=color,
+    marker=marker,
+    linestyle=dashes,
+    label=label,
     capsize=2,
   )
 

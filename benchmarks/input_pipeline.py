@@ -75,10 +75,20 @@ def ours(folder: Path, workers: int) -> Iterator[object]:
 
   config = ConfigDict(
     {
-      **{'name': 'textures', 'dir': str(folder), 'train_split': 'train'},
-      **{'eval_split': 'test', 'train_size': 0, 'eval_size': 0, 'flip': True},
-      **{'validation': 0, 'image_size': SIZE, 'eval_resize': 256},
-      **{'area': AREA, 'aspect': ASPECT, 'bad_share': 0.0, 'workers': workers},
+      'name': 'textures',
+      'dir': str(folder),
+      'train_split': 'train',
+      'eval_split': 'test',
+      'train_size': 0,
+      'eval_size': 0,
+      'flip': True,
+      'validation': 0,
+      'image_size': SIZE,
+      'eval_resize': 256,
+      'area': AREA,
+      'aspect': ASPECT,
+      'bad_share': 0.0,
+      'workers': workers,
     }
   )
   return open_images(config).train_batches(BATCH, seed=0)
@@ -303,9 +313,16 @@ def measure(rounds: int, images: int) -> dict:
 
 def versions() -> dict[str, str]:
   packages = (
-    *('grain', 'tensorflow-datasets', 'array_record', 'simplejpeg'),
-    *('opencv-python-headless', 'pillow', 'numpy', 'jax'),
-    *('tensorflow', 'tensorflow-cpu'),
+    'grain',
+    'tensorflow-datasets',
+    'array_record',
+    'simplejpeg',
+    'opencv-python-headless',
+    'pillow',
+    'numpy',
+    'jax',
+    'tensorflow',
+    'tensorflow-cpu',
   )
   found = {'python': platform.python_version()}
   for name in packages:

@@ -55,8 +55,11 @@ DATA = {'resnet50': 'imagenet2012', 'wrn16-4': 'cifar10'}
 CASES = {
   'cpu': ['resnet50:8', 'wrn16-4:32'],
   'gpu': [
-    *('resnet50:128', 'resnet50:256', 'resnet50:512'),
-    *('wrn16-4:128', 'wrn16-4:1024'),
+    'resnet50:128',
+    'resnet50:256',
+    'resnet50:512',
+    'wrn16-4:128',
+    'wrn16-4:1024',
   ],
   'tpu': ['resnet50:128', 'resnet50:512', 'wrn16-4:1024'],
 }
@@ -188,8 +191,14 @@ def measure(
 ) -> dict[str, Any]:
   """`time_here` in a process of its own; `error` where it did not fit."""
   command = [
-    *(sys.executable, '-m', 'benchmarks.throughput'),
-    *('--serve', network, case, '--seconds', str(seconds)),
+    sys.executable,
+    '-m',
+    'benchmarks.throughput',
+    '--serve',
+    network,
+    case,
+    '--seconds',
+    str(seconds),
   ]
   env = os.environ | {
     'JAX_COMPILATION_CACHE_DIR': cache,

@@ -34,7 +34,9 @@ class Bottleneck(nn.Module):
 def resnet50(classes: int) -> nn.Module:
   layers = [
     nn.Conv2d(3, 64, 7, 2, 3, bias=False),
-    *(nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+    nn.BatchNorm2d(64),
+    nn.ReLU(),
+    nn.MaxPool2d(3, 2, 1),
   ]
   inputs = 64
   for stage, blocks in enumerate((3, 4, 6, 3)):

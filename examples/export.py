@@ -26,7 +26,9 @@ from skipinit_jax.training.recipes import load_recipe, set_fields
 def main(folder: Path) -> None:
   """Trains in one part of the folder and exports to another."""
   fields = {
-    **{'model.depth': 16, 'epochs': 4.0, 'compilation_cache': ''},
+    'model.depth': 16,
+    'epochs': 4.0,
+    'compilation_cache': '',
     'optimizer.learning_rate': 2.0**-3,
   }
   config = set_fields(load_recipe('digits'), fields)

@@ -243,7 +243,8 @@ def measure(plan: Plan) -> list[dict[str, Any]]:
     held, rows = np.arange(n, n + HELD_OUT), batches(n, plan.steps, seed)
     loss, accuracy = train(model, data, rows, held, 2.0**exponent, seed)
     result = {
-      **{'seed': seed, 'accuracy': round(float(accuracy), 4)},
+      'seed': seed,
+      'accuracy': round(float(accuracy), 4),
       'loss': float(loss) if np.isfinite(loss) else None,
     }
     done += model.depth
@@ -264,9 +265,13 @@ def measure(plan: Plan) -> list[dict[str, Any]]:
     accuracies = [test['accuracy'] for test in tests]
     cells.append(
       {
-        **{'depth': depth, 'kind': kind, 'exponent': best},
-        **{'mean': np.mean(accuracies), 'spread': np.std(accuracies, ddof=1)},
-        **{'held_out': rates, 'test': tests},
+        'depth': depth,
+        'kind': kind,
+        'exponent': best,
+        'mean': np.mean(accuracies),
+        'spread': np.std(accuracies, ddof=1),
+        'held_out': rates,
+        'test': tests,
       }
     )
   return cells
@@ -296,8 +301,11 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
       [cell['depth'] for cell in mine],
       [100 * cell['mean'] for cell in mine],
       [100 * cell['spread'] for cell in mine],
-      **{'color': style.color, 'marker': style.marker, 'capsize': 3},
-      **{'linestyle': style.dashes, 'label': label},
+      color=style.color,
+      marker=style.marker,
+      capsize=3,
+      linestyle=style.dashes,
+      label=label,
     )
   axes.axhline(10, color='0.6', linewidth=1, zorder=0)
   depths = sorted({cell['depth'] for cell in cells})

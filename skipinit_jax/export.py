@@ -48,8 +48,16 @@ PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 DEFAULT_PLATFORMS = ('cpu', 'cuda', 'tpu')
 # Of `ResNet`: what its function depends on. The rest is training's.
 FIELDS = (
-  *('stage_sizes', 'bottleneck', 'num_classes', 'biases', 'features'),
-  *('stem_features', 'small_images', 'activation', 'skip', 'scan'),
+  'stage_sizes',
+  'bottleneck',
+  'num_classes',
+  'biases',
+  'features',
+  'stem_features',
+  'small_images',
+  'activation',
+  'skip',
+  'scan',
   'symmetric_padding',
 )
 # Batches of random images that what was written is compared on, and the

@@ -67,10 +67,15 @@ INK = '#010203'  # Text and axes; in SVG, the colour of the page's text.
 RC = {
   **dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor'), INK),
   **dict.fromkeys(('xtick.color', 'ytick.color'), INK),
-  **{'axes.spines.top': False, 'axes.spines.right': False},
-  **{'font.size': 10, 'lines.linewidth': 1.8, 'lines.markersize': 6},
-  **{'legend.frameon': False, 'legend.fontsize': 9.5},
-  **{'svg.fonttype': 'none', 'svg.hashsalt': 'skipinit-jax'},
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'font.size': 10,
+  'lines.linewidth': 1.8,
+  'lines.markersize': 6,
+  'legend.frameon': False,
+  'legend.fontsize': 9.5,
+  'svg.fonttype': 'none',
+  'svg.hashsalt': 'skipinit-jax',
   'text.parse_math': False,  # A $ in a label is a dollar.
 }
 # An SVG file of its own has no page to take a colour from.

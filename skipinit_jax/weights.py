@@ -182,8 +182,11 @@ def _timm_name(path: tuple[str, ...]) -> str:
     'classifier': 'head.fc',
   }
   leaves = {
-    **{'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'},
-    **{'mean': 'running_mean', 'var': 'running_var'},
+    'kernel': 'weight',
+    'scale': 'weight',
+    'bias': 'bias',
+    'mean': 'running_mean',
+    'var': 'running_var',
   }
   parts = []
   for name in path[1:-1]:

@@ -20,11 +20,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Every kind of state: batch statistics, averages, Dropout, momentum.
 TINY = (
-  *('--config=synthetic', '--config.model.depth=10'),
-  *('--config.model.method=batchnorm', '--config.model.dropout=0.2'),
-  *('--config.ema_decay=0.9', '--config.ema_warmup=True'),
-  *('--config.data.shift=1', '--config.epochs=6'),
-  *('--config.checkpoint_every_steps=5', '--config.log_every_steps=3'),
+  '--config=synthetic',
+  '--config.model.depth=10',
+  '--config.model.method=batchnorm',
+  '--config.model.dropout=0.2',
+  '--config.ema_decay=0.9',
+  '--config.ema_warmup=True',
+  '--config.data.shift=1',
+  '--config.epochs=6',
+  '--config.checkpoint_every_steps=5',
+  '--config.log_every_steps=3',
 )
 
 

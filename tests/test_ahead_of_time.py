@@ -120,8 +120,13 @@ def test_two_devices_a_chip_add_up():
   a, b = (measure.cost(mapped, (x,), where) for where in (once, twice))
   assert a['flops'] == 2 * 64**3
   for field in (
-    *('flops', 'hbm_bytes', 'bytes_accessed', 'collective_bytes'),
-    *('activation_bytes', 'compute_seconds', 'memory_seconds'),
+    'flops',
+    'hbm_bytes',
+    'bytes_accessed',
+    'collective_bytes',
+    'activation_bytes',
+    'compute_seconds',
+    'memory_seconds',
   ):
     assert b[field] == 2 * a[field], field
 
@@ -311,7 +316,9 @@ def test_command_line_prints_and_writes_figures(tmp_path):
   pytest.importorskip('libtpu')
   file = tmp_path / 'figures.json'
   done = run(
-    *('--config=digits', '--config.model.depth=10', '--topology=v5e:2x2'),
+    '--config=digits',
+    '--config.model.depth=10',
+    '--topology=v5e:2x2',
     f'--json={file}',
   )
   assert done.returncode == 0, done.stderr
@@ -330,8 +337,10 @@ def test_command_line_says_that_a_step_does_not_fit(tmp_path):
   pytest.importorskip('libtpu')
   file = tmp_path / 'figures.json'
   done = run(
-    *('--config=synthetic', '--config.model.depth=10'),
-    *('--config.data.height=64', '--config.data.width=64'),
+    '--config=synthetic',
+    '--config.model.depth=10',
+    '--config.data.height=64',
+    '--config.data.width=64',
     '--config.data.train_size=3000000',  # 37 GB on devices of 16 GiB.
     f'--json={file}',
   )
@@ -347,7 +356,7 @@ def test_command_line_says_that_a_step_does_not_fit(tmp_path):
 def test_find_micro_batches_on_the_command_line(tmp_path):
   pytest.importorskip('libtpu')
   done = run(
-    *('--config=digits', '--config.model.depth=10', '--find-micro-batches')
+    '--config=digits', '--config.model.depth=10', '--find-micro-batches'
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.count('cheapest') == 1

@@ -17,8 +17,11 @@ from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.training.saved import load_run
 
 TINY = {
-  **{'model.depth': 10, 'epochs': 1.0, 'eval_every_epochs': 1.0},
-  **{'compilation_cache': '', 'batch_size': 32},
+  'model.depth': 10,
+  'epochs': 1.0,
+  'eval_every_epochs': 1.0,
+  'compilation_cache': '',
+  'batch_size': 32,
 }
 FLAGS = [f'--config.{name}={value}' for name, value in TINY.items()]
 
@@ -75,8 +78,10 @@ def test_the_network_of_a_run_is_the_one_it_evaluated(tmp_path):
 def watched(tmp_path_factory):
   """A run that watched its blocks and kept all of its checkpoints."""
   fields = {
-    **{'model.alpha': '1/sqrt(d)', 'watch_every_steps': 10},
-    **{'checkpoint_every_steps': 20, 'keep_checkpoints': 9},
+    'model.alpha': '1/sqrt(d)',
+    'watch_every_steps': 10,
+    'checkpoint_every_steps': 20,
+    'keep_checkpoints': 9,
     'schedule.name': 'constant',
   }
   workdir = tmp_path_factory.mktemp('watched') / 'run'

@@ -156,8 +156,15 @@ def write_bad_files(folder):
     (folder / name).write_text('raise SystemExit("executed")')
   (folder / 'dangling').symlink_to('gone')
   for name in (
-    *('empty', 'folder', 'images/train/cat', 'run', 'broken_run'),
-    *('broken_study', 'half_study', 'broken_set/cifar10/3.0.2', 'home'),
+    'empty',
+    'folder',
+    'images/train/cat',
+    'run',
+    'broken_run',
+    'broken_study',
+    'half_study',
+    'broken_set/cifar10/3.0.2',
+    'home',
   ):
     (folder / name).mkdir(parents=True)
   (folder / 'folder/x').write_text('')

@@ -138,11 +138,17 @@ def test_training_does_not_wait_for_the_host(cifar, tmp_path):
   folder, _ = cifar
   run(
     tmp_path / 'run',
-    *('--config=cifar10', f'--config.data.dir={folder}'),
-    *('--config.epochs=2', '--config.batch_size=16', '--config.allow_cpu=True'),
-    *('--config.model.depth=10', '--config.model.width=1'),
-    *('--config.schedule.hold_epochs=1', '--config.log_every_steps=4'),
-    *('--config.data.cutout=8', '--config.data.cutmix=1.0'),
+    '--config=cifar10',
+    f'--config.data.dir={folder}',
+    '--config.epochs=2',
+    '--config.batch_size=16',
+    '--config.allow_cpu=True',
+    '--config.model.depth=10',
+    '--config.model.width=1',
+    '--config.schedule.hold_epochs=1',
+    '--config.log_every_steps=4',
+    '--config.data.cutout=8',
+    '--config.data.cutmix=1.0',
     devices=4,
   )
   assert len(metric_lines(tmp_path / 'run')) == 4

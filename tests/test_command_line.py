@@ -10,8 +10,10 @@ import pytest
 from runs import ROOT, finish, start
 
 TINY = (
-  *('--config=synthetic', '--config.model.depth=10'),
-  *('--config.epochs=1', '--config.compilation_cache='),
+  '--config=synthetic',
+  '--config.model.depth=10',
+  '--config.epochs=1',
+  '--config.compilation_cache=',
 )
 
 
@@ -97,8 +99,12 @@ command.run()
 def test_a_step_that_does_not_fit_is_one_line_with_a_remedy(tmp_path):
   done = subprocess.run(
     [
-      *(sys.executable, '-c', EXHAUSTED, f'--workdir={tmp_path}/run'),
-      *('--config=synthetic', '--config.micro_batches=2'),
+      sys.executable,
+      '-c',
+      EXHAUSTED,
+      f'--workdir={tmp_path}/run',
+      '--config=synthetic',
+      '--config.micro_batches=2',
     ],
     cwd=tmp_path,
     env={**os.environ, 'PYTHONPATH': str(ROOT)},

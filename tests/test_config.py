@@ -51,13 +51,25 @@ def test_defaults_are_accepted():
 
 
 POSITIVE = (
-  *('batch_size', 'eval_batch_size', 'epochs', 'log_every_steps'),
-  *('eval_every_epochs', 'checkpoint_every_steps', 'keep_checkpoints'),
-  *('micro_batches', 'steps_per_call', 'profile_steps', 'divergence_limit'),
-  *('stuck_at_start_seconds', 'stuck_after_seconds'),
-  *('model__depth', 'model__width'),
-  *('schedule__every_epochs', 'optimizer__learning_rate'),
-  *('optimizer__reference_batch', 'optimizer__clip_norm'),
+  'batch_size',
+  'eval_batch_size',
+  'epochs',
+  'log_every_steps',
+  'eval_every_epochs',
+  'checkpoint_every_steps',
+  'keep_checkpoints',
+  'micro_batches',
+  'steps_per_call',
+  'profile_steps',
+  'divergence_limit',
+  'stuck_at_start_seconds',
+  'stuck_after_seconds',
+  'model__depth',
+  'model__width',
+  'schedule__every_epochs',
+  'optimizer__learning_rate',
+  'optimizer__reference_batch',
+  'optimizer__clip_norm',
   'optimizer__adaptive_clip',
 )
 SHARES = ('label_smoothing', 'ema_decay', 'model__dropout')
@@ -78,11 +90,16 @@ def test_sizes_and_lengths_are_positive(field, value):
 @pytest.mark.parametrize(
   'field',
   [
-    *('epochs', 'eval_every_epochs', 'stuck_after_seconds'),
+    'epochs',
+    'eval_every_epochs',
+    'stuck_after_seconds',
     'stuck_at_start_seconds',
-    *('schedule__every_epochs', 'optimizer__learning_rate'),
-    *('optimizer__clip_norm', 'optimizer__adaptive_clip'),
-    *(*SHARES, *NOT_NEGATIVE),
+    'schedule__every_epochs',
+    'optimizer__learning_rate',
+    'optimizer__clip_norm',
+    'optimizer__adaptive_clip',
+    *SHARES,
+    *NOT_NEGATIVE,
   ],
 )
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
@@ -426,7 +443,7 @@ def test_processes_are_named_with_all_three_flags(given, missing, distributed):
   flags = {'coordinator': None, 'num_processes': None, 'process_id': None}
   message = refused(
     lambda: processes.initialize(
-      distributed, **{**flags, **given}, heartbeat_seconds=10
+      distributed, **flags, **given, heartbeat_seconds=10
     )
   )
   assert message.startswith(f'{missing} must be given too')

@@ -23,9 +23,15 @@ TOTAL = 12
 FILES = ('config.json', 'result.json', 'metrics.jsonl')
 EVAL = {'top1': 0.25, 'top5': 0.5, 'loss': 2.0}
 RESULT = {
-  **{'status': 'completed', 'eval': EVAL, 'best_eval': EVAL},
-  **{'eval_size': 40, 'chance': 0.1, 'steps': TOTAL, 'parameters': 99},
-  **{'last_train': {'step': 12, 'loss': 1.0, 'top1': 0.5}, 'seconds': 1.0},
+  'status': 'completed',
+  'eval': EVAL,
+  'best_eval': EVAL,
+  'eval_size': 40,
+  'chance': 0.1,
+  'steps': TOTAL,
+  'parameters': 99,
+  'last_train': {'step': 12, 'loss': 1.0, 'top1': 0.5},
+  'seconds': 1.0,
 }
 LINES = [
   *({'step': s, 'loss': 2.0, 'top1': 0.1} for s in (2, 4)),

@@ -60,15 +60,17 @@ def save(image, kind, **options):
 @pytest.mark.parametrize(
   ('kind', 'strict'),
   [
-    *(('jpeg', True), ('progressive', True), ('rgb jpeg', True)),
-    *(('png', False), ('palette', False), ('transparent', False)),
-    *(
-      ('gif', False),
-      ('webp', False),
-      ('bmp', False),
-      ('cmyk', True),
-      ('ycck', True),
-    ),
+    ('jpeg', True),
+    ('progressive', True),
+    ('rgb jpeg', True),
+    ('png', False),
+    ('palette', False),
+    ('transparent', False),
+    ('gif', False),
+    ('webp', False),
+    ('bmp', False),
+    ('cmyk', True),
+    ('ycck', True),
   ],
 )
 def test_every_format_has_the_right_colours(pixels, kind, strict):

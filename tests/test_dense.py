@@ -75,10 +75,7 @@ def by_hand(model, variables, x):
 @pytest.mark.parametrize('method', NAMES)
 def test_computes_what_its_definition_says(method, activation, layers, skip):
   model = DenseResNet(
-    *(3, 5, 4, method),
-    activation=activation,
-    branch_layers=layers,
-    skip=skip,
+    3, 5, 4, method, activation=activation, branch_layers=layers, skip=skip
   )
   x = inputs()
   variables = randomize(model, x)
@@ -188,7 +185,7 @@ def test_float64_throughout():
   ],
 )
 def test_a_network_that_can_not_be_is_one_line(fields, message):
-  model = DenseResNet(**{'blocks': 2, 'width': 3, **fields})
+  model = DenseResNet(blocks=2, width=3, **fields)
   with pytest.raises(InputError, match=message) as error:
     model.init(jax.random.key(0), inputs(), train=False)
   assert '\n' not in str(error.value)

@@ -37,7 +37,9 @@ def test_examples_end_well(name):
 
 
 SIZES = {
-  **{'num_classes': 3, 'features': 4, 'stem_features': 4},
+  'num_classes': 3,
+  'features': 4,
+  'stem_features': 4,
   'small_images': True,
 }
 

@@ -20,13 +20,18 @@ from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.training.saved import load_run
 
 TINY = {
-  **{'model.depth': 10, 'epochs': 0.3, 'batch_size': 32},
-  **{'compilation_cache': '', 'eval_every_epochs': 1.0},
-  **{'optimizer.learning_rate': 2.0**-7, 'model.classifier_init': 'he'},
+  'model.depth': 10,
+  'epochs': 0.3,
+  'batch_size': 32,
+  'compilation_cache': '',
+  'eval_every_epochs': 1.0,
+  'optimizer.learning_rate': 2.0**-7,
+  'model.classifier_init': 'he',
 }
 STEPS = round(0.3 * 1437 / 32)
 BFLOAT16 = {
-  **{'model__method': 'batchnorm', 'model__statistics_group': '8'},
+  'model__method': 'batchnorm',
+  'model__statistics_group': '8',
   'dtype': 'bfloat16',
 }
 # Runs the program without this package, and saves the logits.
@@ -92,10 +97,13 @@ def close(found, expected):
     (BFLOAT16, 0, 1.0),
     (
       {
-        **{'model__method': 'divide_sqrt2', 'model__depth': 16},
-        **{'model__scan': True, 'model__biases': True},
+        'model__method': 'divide_sqrt2',
+        'model__depth': 16,
+        'model__scan': True,
+        'model__biases': True,
       },
-      *(0, 2**-0.5),
+      0,
+      2**-0.5,
     ),
   ],
 )

@@ -116,7 +116,9 @@ NETWORKS = {
   'cifar': (WideResNet(10, 1, CLASSES, **FIXUP), 8, basic_block, 'conv2'),
   'bottleneck': (
     ResNet((2, 1), True, CLASSES, features=8, stem_features=8, **FIXUP),
-    *(32, bottleneck, 'conv3'),
+    32,
+    bottleneck,
+    'conv3',
   ),
 }
 
@@ -151,7 +153,9 @@ def test_logits_are_those_of_the_authors(network):
   theirs = forward(
     to_theirs(params, last),
     images.transpose(0, 3, 1, 2),
-    *(model.stage_sizes, block, model.small_images),
+    model.stage_sizes,
+    block,
+    model.small_images,
   )
   assert float(theirs.std()) > 0.1
   np.testing.assert_allclose(
@@ -194,7 +198,8 @@ def test_parameters_start_as_the_authors_say(network):
   one = to_theirs(jax.tree.map(lambda p: p[0], params), last)
   depth, branches = int(last[-1]), sum(model.stage_sizes)
   assert one.keys() == their_names(
-    *(model.stage_sizes, depth),
+    model.stage_sizes,
+    depth,
     ('layer1.0', 'layer2.0') if network == 'bottleneck' else (),
   )
   drawn = 0

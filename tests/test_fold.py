@@ -28,7 +28,7 @@ SMALL = {'features': 4, 'stem_features': 4}
 # A first stage without projection, after Fixup's CIFAR stem or ResNet's own.
 NETWORKS = {
   'wide': lambda **fields: ResNet(
-    *((3, 2), False, 5), **SMALL, small_images=True, **fields
+    (3, 2), False, 5, **SMALL, small_images=True, **fields
   ),
   'bottleneck': lambda **fields: ResNet((2, 2), True, 5, **SMALL, **fields),
 }
@@ -152,9 +152,12 @@ def test_features_and_crelu():
   inputs = images(8)
   for fields in ({'num_classes': None}, {'activation': 'crelu'}):
     model = ResNet(
-      *((2, 2), False),
+      (2, 2),
+      False,
       **{'num_classes': 5, 'method': 'divide_sqrt2', 'biases': True} | fields,
-      **{'features': 4, 'stem_features': 4, 'small_images': True},
+      features=4,
+      stem_features=4,
+      small_images=True,
     )
     params, rest = split(moved(model, inputs))
     after = run(*fold(model, params), rest, inputs)
@@ -166,9 +169,7 @@ def test_features_and_crelu():
 @pytest.mark.parametrize('activation', ['relu', 'linear'])
 def test_dense_networks(method, scan, activation):
   inputs = images(3)
-  model = DenseResNet(
-    *(4, 6, 5), method=method, activation=activation, scan=scan
-  )
+  model = DenseResNet(4, 6, 5, method=method, activation=activation, scan=scan)
   params, rest = split(moved(model, inputs))
   plain, folded = fold(model, params)
   close(
@@ -212,9 +213,18 @@ def test_no_multiplication_is_left(method):
   computing = {'conv_general_dilated', 'dot_general', 'add', 'max'}
   mean = {'reduce_sum', 'div'}
   moving = {
-    *('broadcast_in_dim', 'reshape', 'squeeze', 'pad', 'slice'),
-    *('convert_element_type', 'custom_jvp_call', 'jit', 'pjit'),
-    *('gather', 'transpose', 'copy'),
+    'broadcast_in_dim',
+    'reshape',
+    'squeeze',
+    'pad',
+    'slice',
+    'convert_element_type',
+    'custom_jvp_call',
+    'jit',
+    'pjit',
+    'gather',
+    'transpose',
+    'copy',
   }
   assert used(*fold(model, params)) <= computing | mean | moving
 

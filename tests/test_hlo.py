@@ -292,7 +292,10 @@ def test_flops_of_a_convolution_are_its_products(
 
   def convolve(x, kernel):
     return jax.lax.conv_general_dilated(
-      *(x, kernel, strides, padding),
+      x,
+      kernel,
+      strides,
+      padding,
       lhs_dilation=lhs,
       rhs_dilation=rhs,
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),

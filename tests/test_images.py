@@ -38,10 +38,20 @@ TRAIN, EVAL = 43, 26  # Neither divides by a batch.
 
 def config(**changes) -> ConfigDict:
   fields = {
-    **{'name': 'toy', 'dir': '', 'train_split': 'train', 'eval_split': ''},
-    **{'train_size': 0, 'eval_size': 0, 'validation': 0, 'workers': 0},
-    **{'image_size': SIZE, 'eval_resize': 10, 'area': (0.3, 1.0)},
-    **{'aspect': (0.75, 1.33), 'flip': True, 'bad_share': 0.5},
+    'name': 'toy',
+    'dir': '',
+    'train_split': 'train',
+    'eval_split': '',
+    'train_size': 0,
+    'eval_size': 0,
+    'validation': 0,
+    'workers': 0,
+    'image_size': SIZE,
+    'eval_resize': 10,
+    'area': (0.3, 1.0),
+    'aspect': (0.75, 1.33),
+    'flip': True,
+    'bad_share': 0.5,
   }
   return ConfigDict(fields | changes)
 

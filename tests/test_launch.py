@@ -185,7 +185,12 @@ def test_tpu_slice_is_made_and_trained_on(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert actions(stand_ins) == [
-    *('describe', 'create', 'describe', 'describe', 'ssh', 'ssh')
+    'describe',
+    'create',
+    'describe',
+    'describe',
+    'ssh',
+    'ssh',
   ]
   assert waits(stand_ins) == [60]  # For the slice.
   assert stand_ins.calls('python') == [
@@ -222,13 +227,25 @@ def test_tpu_ends_what_starting_again_does_not_mend(status, tmp_path):
 def test_tpu_trains_again_after_each_kind_of_loss(tmp_path):
   plan = [
     FLAKY,  # The network, not a slice that is missing.
-    *(ACTIVE, FLAKY),  # While installing.
-    *(ACTIVE, ON_WORKERS, WORKER_LOST),  # The connection, while training.
-    *('echo SUSPENDED', FLAKY),  # Preempted, and not deleted.
-    *('echo SUSPENDED', ':', ':', 'echo FAILED'),  # Made again, and failed.
-    *('echo FAILED', ':', ':', *TRAINED),
+    ACTIVE,
+    FLAKY,  # While installing.
+    ACTIVE,
+    ON_WORKERS,
+    WORKER_LOST,  # The connection, while training.
+    'echo SUSPENDED',
+    FLAKY,  # Preempted, and not deleted.
+    'echo SUSPENDED',
+    ':',
+    ':',
+    'echo FAILED',  # Made again, and failed.
+    'echo FAILED',
+    ':',
+    ':',
     *TRAINED,
-    *(ACTIVE, ON_WORKERS, 'exit 0'),  # Nothing was heard of the run.
+    *TRAINED,
+    ACTIVE,
+    ON_WORKERS,
+    'exit 0',  # Nothing was heard of the run.
     *TRAINED,
   ]
   done, stand_ins = tpu(tmp_path, plan, ['exit 143', 'exit 76', 'exit 0'])

@@ -24,8 +24,13 @@ def network(method='skipinit', **fields):
   init = nn.initializers.he_normal()
   return ResNet(
     (3, 2),
-    **{'num_classes': 5, 'features': 4, 'stem_features': 4, 'method': method},
-    **{'small_images': True, 'classifier_init': init, **fields},
+    num_classes=5,
+    features=4,
+    stem_features=4,
+    method=method,
+    small_images=True,
+    classifier_init=init,
+    **fields,
   )
 
 
@@ -69,7 +74,7 @@ def logits(model, variables, deleted=None):
 
 
 def close(a, b, **kwargs):
-  np.testing.assert_allclose(a, b, **{'rtol': 1e-4, 'atol': 1e-5, **kwargs})
+  np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, **kwargs)
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -228,8 +233,7 @@ def test_a_scanned_network_is_unrolled():
   options = {'draws': 1, 'points': 2}
   plain = lesions.measure(model, variables, images, labels, **options)
   scanned = lesions.measure(
-    *(model.clone(scan=True), stack_blocks(variables), images, labels),
-    **options,
+    model.clone(scan=True), stack_blocks(variables), images, labels, **options
   )
   for name, value in plain.items():
     np.testing.assert_array_equal(scanned[name], value)
@@ -244,7 +248,7 @@ def test_blocks_left_out_of_a_step_get_no_gradient(keep):
 
   def trained(key):
     grads, stats = grad(
-      *(variables['params'], variables['batch_stats'], images, labels, key)
+      variables['params'], variables['batch_stats'], images, labels, key
     )
     assert jax.tree.structure(stats) == jax.tree.structure(
       variables['batch_stats']

@@ -32,7 +32,8 @@ from skipinit_jax.training.checkpoints import saved_steps
 from skipinit_jax.training.lock import LOCK, hold
 
 ENDLESS = (
-  *(*TINY, '--config.epochs=100000'),
+  *TINY,
+  '--config.epochs=100000',
   '--config.checkpoint_every_steps=100',
 )
 

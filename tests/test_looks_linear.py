@@ -111,7 +111,7 @@ def test_orthogonal_convolutions_keep_norms(size, channels):
   kernel = orthogonal(2.0)(jax.random.key(0), (size, size, *channels))
   x = images(shape=(2, 6, 6, channels[0]))
   y = jax.lax.conv_general_dilated(
-    *(x, kernel, (1, 1), 'SAME'), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
   )
   norms = [np.linalg.norm(v.reshape(2, -1), axis=1) for v in (x, y)]
   np.testing.assert_allclose(norms[1], 2 * norms[0], rtol=1e-5)
@@ -193,7 +193,10 @@ def test_without_skip_paths_the_branches_follow_one_another(method):
 
   def conv(x, kernel, stride=1):
     return jax.lax.conv_general_dilated(
-      *(x, kernel, (stride, stride), 'SAME'),
+      x,
+      kernel,
+      (stride, stride),
+      'SAME',
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
 

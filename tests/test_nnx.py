@@ -20,16 +20,27 @@ from skipinit_jax.models.nnx import SkipInit, SkipInitConv, SkipInitLinear
 # Ours, NNX's own, Linen's of ours; arguments of the first two and the third.
 LAYERS = {
   'linear': (
-    *(SkipInitLinear, nnx.Linear, models.SkipInitDense),
-    *((4, 6), {}, {'features': 6}),
+    SkipInitLinear,
+    nnx.Linear,
+    models.SkipInitDense,
+    (4, 6),
+    {},
+    {'features': 6},
   ),
   'conv': (
-    *(SkipInitConv, nnx.Conv, models.SkipInitConv),
-    *((4, 6, (3, 3)), {}, {'features': 6, 'kernel_size': (3, 3)}),
+    SkipInitConv,
+    nnx.Conv,
+    models.SkipInitConv,
+    (4, 6, (3, 3)),
+    {},
+    {'features': 6, 'kernel_size': (3, 3)},
   ),
   'strides': (
-    *(SkipInitConv, nnx.Conv, models.SkipInitConv),
-    *((4, 6, (3, 3)), {'strides': 2, 'use_bias': False}),
+    SkipInitConv,
+    nnx.Conv,
+    models.SkipInitConv,
+    (4, 6, (3, 3)),
+    {'strides': 2, 'use_bias': False},
     {'features': 6, 'kernel_size': (3, 3), 'strides': 2, 'use_bias': False},
   ),
 }
@@ -83,7 +94,7 @@ def test_a_folded_layer_is_alpha_on_the_activation_in_float64(name):
     x = normal((3, 5, 5, 4), dtype='float64')
     fields = {**fields, 'param_dtype': jnp.float64, 'rngs': nnx.Rngs(0)}
     layer = ours(*args, init_value=0.37, **fields)
-    inner = plain(*args, **{**fields, 'rngs': nnx.Rngs(1)})
+    inner = plain(*args, **fields, rngs=nnx.Rngs(1))
     if layer.bias is not None:
       layer.bias[...] = normal((6,), 1, 'float64')
       inner.bias[...] = layer.bias[...]
@@ -128,7 +139,7 @@ def test_a_folded_layer_starts_at_zero_and_keeps_its_dtypes(name):
 def test_alpha_multiplies_the_kernel_before_the_cast_to_bfloat16():
   # alpha rounds to 1 in bfloat16, where the product would be 1 + 2^-7.
   layer = SkipInitLinear(
-    *(1, 1), init_value=1 + 2**-8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    1, 1, init_value=1 + 2**-8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
   )
   layer.kernel[...] = jnp.full((1, 1), 1 + 2**-7)
   assert float(layer(jnp.ones((1, 1), 'bfloat16'))[0, 0]) == 1 + 2**-6
@@ -203,7 +214,9 @@ def test_per_example_gradients_of_native_modules():
 
 
 FIELDS = {
-  **{'num_classes': 3, 'features': 4, 'stem_features': 4},
+  'num_classes': 3,
+  'features': 4,
+  'stem_features': 4,
   'small_images': True,
 }
 MODELS = {

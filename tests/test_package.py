@@ -51,9 +51,18 @@ def test_folders_import_only_the_layers_below():
 
 
 HEAVY = (
-  *('absl.app', 'ml_collections', 'sklearn', 'tensorboardX', 'tqdm'),
-  *('grain', 'tensorflow', 'tensorflow_datasets', 'cv2', 'matplotlib'),
-  *('skipinit_jax.training', 'skipinit_jax.data'),
+  'absl.app',
+  'ml_collections',
+  'sklearn',
+  'tensorboardX',
+  'tqdm',
+  'grain',
+  'tensorflow',
+  'tensorflow_datasets',
+  'cv2',
+  'matplotlib',
+  'skipinit_jax.training',
+  'skipinit_jax.data',
 )
 
 
@@ -137,8 +146,11 @@ def test_wheel_trains_outside_a_checkout(wheel, tmp_path):
   command = [sys.executable, '-m', 'skipinit_jax.training']
   done = subprocess.run(
     [
-      *(*command, '--config=synthetic', '--config.epochs=0.25'),
-      *('--workdir=run', '--config.model.depth=10'),
+      *command,
+      '--config=synthetic',
+      '--config.epochs=0.25',
+      '--workdir=run',
+      '--config.model.depth=10',
       '--config.compilation_cache=',
     ],
     cwd=empty,

@@ -30,8 +30,13 @@ def network(method='none', **fields):
   init = nn.initializers.he_normal()
   return ResNet(
     (3, 1),
-    **{'num_classes': 5, 'features': 4, 'stem_features': 4, 'method': method},
-    **{'small_images': True, 'classifier_init': init, **fields},
+    num_classes=5,
+    features=4,
+    stem_features=4,
+    method=method,
+    small_images=True,
+    classifier_init=init,
+    **fields,
   )
 
 
@@ -62,8 +67,7 @@ def full_gradient(model, variables, images, labels, train=True):
 
   def loss(params, images):
     logits, _ = model.apply(
-      *({**rest, 'params': params}, images),
-      **{'train': train, 'mutable': list(rest)},
+      {**rest, 'params': params}, images, train=train, mutable=list(rest)
     )
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
 
@@ -212,8 +216,7 @@ def test_gain_and_scan_are_those_of_the_network():
   options = {'samples': 2, 'train': True}
   plain = paths.measure(model, variables, images, labels, **options)
   scanned = paths.measure(
-    *(model.clone(scan=True), stack_blocks(variables), images, labels),
-    **options,
+    model.clone(scan=True), stack_blocks(variables), images, labels, **options
   )
   for name, value in plain.items():
     np.testing.assert_allclose(scanned[name], value, rtol=1e-4, err_msg=name)

@@ -97,8 +97,13 @@ def made(tmp_path_factory):
   folder = tmp_path_factory.mktemp('imagenet')
   manual = write_archives(folder / 'manual')
   done = command(
-    *('prepare', 'imagenet2012', '--allow-counts'),
-    *('--manual-dir', manual, '--data-dir', folder / 'data'),
+    'prepare',
+    'imagenet2012',
+    '--allow-counts',
+    '--manual-dir',
+    manual,
+    '--data-dir',
+    folder / 'data',
   )
   assert done.returncode == 0, done.stderr
   return folder / 'data', done
@@ -144,8 +149,13 @@ def test_what_was_prepared_passes_the_check(made, capsys):
 @needs_tensorflow
 def test_preparing_again_says_that_it_is_there(made):
   done = command(
-    *('prepare', 'imagenet2012', '--allow-counts', '--manual-dir'),
-    *(made[0].parent / 'manual', '--data-dir', made[0]),
+    'prepare',
+    'imagenet2012',
+    '--allow-counts',
+    '--manual-dir',
+    made[0].parent / 'manual',
+    '--data-dir',
+    made[0],
   )
   assert done.returncode == 0
   assert 'already there' in done.stdout
@@ -166,8 +176,13 @@ def test_a_damaged_inner_archive_leaves_nothing_behind(tmp_path):
   outer = {'n01440764.tar': b'not an archive' * 100}
   (manual / 'ILSVRC2012_img_train.tar').write_bytes(tar(outer))
   done = command(
-    *('prepare', 'imagenet2012', '--allow-counts', '--manual-dir', manual),
-    *('--data-dir', tmp_path / 'data'),
+    'prepare',
+    'imagenet2012',
+    '--allow-counts',
+    '--manual-dir',
+    manual,
+    '--data-dir',
+    tmp_path / 'data',
   )
   assert 'imagenet2012 could not be prepared' in error_line(done)
   assert not list((tmp_path / 'data').rglob('dataset_info.json'))

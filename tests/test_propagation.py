@@ -342,10 +342,7 @@ def test_what_can_not_be_captured_is_one_line():
 def test_float64_goes_where_float32_overflows():
   def run(dtype):
     model = DenseResNet(
-      *(600, 8, None, 'none'),
-      activation='linear',
-      scan=True,
-      param_dtype=dtype,
+      600, 8, None, 'none', activation='linear', scan=True, param_dtype=dtype
     )
     x = normal((4, 8), dtype=dtype)
     variables = initialize(model, x)

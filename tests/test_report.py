@@ -24,31 +24,31 @@ UNFINISHED = Cell('', '100', 'skipinit')
 
 def make_grid(**changes):
   return Grid(
-    **{
-      'recipe': 'digits',
-      'fields': {'watch_every_steps': 5},
-      'rows': Axis('depth', {r: {'model.depth': int(r)} for r in TESTED}),
-      'columns': ('batchnorm', 'skipinit', 'none'),
-      'rates': RATES,
-      **{'validation': 240, 'seeds': 2, 'best': 2},
-      'choices': f'Chosen: {EVIL}',
-      **changes,
-    }
+    recipe='digits',
+    fields={'watch_every_steps': 5},
+    rows=Axis('depth', {r: {'model.depth': int(r)} for r in TESTED}),
+    columns=('batchnorm', 'skipinit', 'none'),
+    rates=RATES,
+    validation=240,
+    seeds=2,
+    best=2,
+    choices=f'Chosen: {EVIL}',
+    **changes,
   )
 
 
 def make_study(grid, **changes):
   return Study(
-    **{
-      **{'name': 'made_up', 'title': 'A made up study', 'question': 'Why?'},
-      'grids': {'cifar10': grid, 'digits': grid},
-      'published': {
-        'batchnorm': {16: Accuracy(93.1, 0.2, -2, (-3, -2))},
-        'none': {16: Accuracy(92.0, 0.1, -2, (-2, -2)), 100: FAILS},
-      },
-      'source': 'A paper, table 7',
-      **changes,
-    }
+    name='made_up',
+    title='A made up study',
+    question='Why?',
+    grids={'cifar10': grid, 'digits': grid},
+    published={
+      'batchnorm': {16: Accuracy(93.1, 0.2, -2, (-3, -2))},
+      'none': {16: Accuracy(92.0, 0.1, -2, (-2, -2)), 100: FAILS},
+    },
+    source='A paper, table 7',
+    **changes,
   )
 
 
@@ -56,11 +56,17 @@ def result(top1, diverged, images):
   evaluation = {'top1': top1, 'top5': 1.0, 'loss': 2 * (1 - top1), 'step': 60}
   return {
     'status': 'diverged' if diverged else 'completed',
-    **{'eval': evaluation, 'best_eval': evaluation, 'eval_size': images},
+    'eval': evaluation,
+    'best_eval': evaluation,
+    'eval_size': images,
     'last_train': {'step': 60, 'loss': 0.125, 'top1': 1.0},
-    **{'chance': 0.1, 'steps': 60, 'parameters': 1, 'seconds': 10.0},
+    'chance': 0.1,
+    'steps': 60,
+    'parameters': 1,
+    'seconds': 10.0,
     'versions': {'jax': '0.12.0'},
-    **{'device': '1 x abacus', 'revision': 'abc123'},
+    'device': '1 x abacus',
+    'revision': 'abc123',
   }
 
 
@@ -162,8 +168,13 @@ def test_cells_are_in_the_papers_form(reported):
     ['accuracy (%)', 'optimal rate'] * 3,
     ['16', '93.5 ± 0.1', rate, '93.5 ± 0.1', rate, '–', '–'],  # noqa: RUF001
     [
-      *('100', '90.0 ± 0.1', rate, '2 of 3 rates done', ''),
-      *('–', '–'),  # noqa: RUF001
+      '100',
+      '90.0 ± 0.1',
+      rate,
+      '2 of 3 rates done',
+      '',
+      '–',  # noqa: RUF001
+      '–',  # noqa: RUF001
     ],
   ]
   assert ('sup', {}) in page.tags
@@ -179,7 +190,9 @@ def test_ours_stands_beside_the_published(reported):
     ['depth 16, BatchNorm', '93.5 ± 0.1', '93.1 ± 0.2', '+0.4 ± 0.2'],
     ['depth 16, SkipInit 0', '93.5 ± 0.1', 'not published', ''],
     [
-      *('depth 16, Neither', '–', '92.0 ± 0.1'),  # noqa: RUF001
+      'depth 16, Neither',
+      '–',  # noqa: RUF001
+      '92.0 ± 0.1',
       'theirs trains, ours does not',
     ],
     ['depth 100, BatchNorm', '90.0 ± 0.1', 'not published', ''],
@@ -277,8 +290,10 @@ def test_figures_show_all_that_is_done(reported):
   names = {path.stem for path in (workdir / 'figures').glob('*.svg')}
   assert names == {
     'accuracy',
-    *('rates-depth-16', 'rates-depth-100'),
-    *('loss-depth-16', 'loss-depth-100'),
+    'rates-depth-16',
+    'rates-depth-100',
+    'loss-depth-16',
+    'loss-depth-100',
     'alpha-depth-16-skipinit-0',
   }
   drawn = [attrs for tag, attrs in page.tags if tag == 'svg']
@@ -322,9 +337,13 @@ def test_losses_and_stable_rates_with_a_unit_and_panels(tmp_path):
   write_report(study, grid, 'cifar10', tmp_path)
   page = Page((tmp_path / 'report.html').read_text())
   assert page.tables[1][2] == [
-    *('16', '0.125', '2−1 × 0.1 (largest tried)'),  # noqa: RUF001
-    *('0.125', '2−1 × 0.1 (largest tried)'),  # noqa: RUF001
-    *('–', 'none'),  # noqa: RUF001
+    '16',
+    '0.125',
+    '2−1 × 0.1 (largest tried)',  # noqa: RUF001
+    '0.125',
+    '2−1 × 0.1 (largest tried)',  # noqa: RUF001
+    '–',  # noqa: RUF001
+    'none',
   ]
   # One seed of 360 images: the root of 0.934 * 0.066 / 360 is 1.3 %.
   assert page.tables[0][2][1] == '93.4 ± 1.3'

@@ -60,16 +60,21 @@ def report(tmp_path_factory):
 
 def chromium(*arguments):
   command = [
-    *(CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu'),
-    *(
-      '--host-resolver-rules=MAP * ~NOTFOUND',
-      '--allow-file-access-from-files',
-    ),
-    *('--enable-logging=stderr', '--virtual-time-budget=5000'),
+    CHROMIUM,
+    '--headless',
+    '--no-sandbox',
+    '--disable-gpu',
+    '--host-resolver-rules=MAP * ~NOTFOUND',
+    '--allow-file-access-from-files',
+    '--enable-logging=stderr',
+    '--virtual-time-budget=5000',
   ]
   return subprocess.run(
     [*command, *arguments],
-    **{'capture_output': True, 'text': True, 'check': True, 'timeout': 120},
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=120,
   )
 
 

@@ -21,12 +21,21 @@ SIZES += [(12, 1), (12, 24), (12, 13), (7, 20)]
 
 def config(name, **fields):
   common = {
-    **{'name': name, 'validation': 0, 'shift': 0, 'flip': False},
-    **{'cutout': 0, 'mixup': 0.0, 'cutmix': 0.0},
+    'name': name,
+    'validation': 0,
+    'shift': 0,
+    'flip': False,
+    'cutout': 0,
+    'mixup': 0.0,
+    'cutmix': 0.0,
   }
   shapes = {
-    **{'height': 5, 'width': 6, 'channels': 3, 'num_classes': 7},
-    **{'train_size': 20, 'eval_size': 9},
+    'height': 5,
+    'width': 6,
+    'channels': 3,
+    'num_classes': 7,
+    'train_size': 20,
+    'eval_size': 9,
   }
   extra = shapes if name == 'synthetic' else {}
   return ConfigDict({**common, **extra, **fields})

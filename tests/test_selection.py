@@ -201,7 +201,9 @@ def test_overrides_are_typed_and_have_the_last_word():
     ],
   )
   assert fields == {
-    **{'epochs': 3.0, 'model.biases': False, 'model.alpha': '0.5'},
+    'epochs': 3.0,
+    'model.biases': False,
+    'model.alpha': '0.5',
     'optimizer.clip_norm': 2.0,
   }
   run = make_run(
@@ -391,9 +393,15 @@ def test_the_test_split_is_looked_at_once():
 def test_flops_of_an_image_are_counted_by_hand():
   # Wide-ResNet 10-1 on 8x8x1: (side, side, 3x3 or 1x1, in, out).
   convolutions = [
-    *((8, 9, 1, 16), (8, 9, 16, 16), (8, 9, 16, 16)),
-    *((4, 9, 16, 32), (4, 9, 32, 32), (4, 1, 16, 32)),
-    *((2, 9, 32, 64), (2, 9, 64, 64), (2, 1, 32, 64)),
+    (8, 9, 1, 16),
+    (8, 9, 16, 16),
+    (8, 9, 16, 16),
+    (4, 9, 16, 32),
+    (4, 9, 32, 32),
+    (4, 1, 16, 32),
+    (2, 9, 32, 64),
+    (2, 9, 64, 64),
+    (2, 1, 32, 64),
   ]
   expected = sum(2 * s * s * k * i * o for s, k, i, o in convolutions)
   got = estimate.image_flops('wide_resnet', 10, 1, (8, 8, 1), 10)

@@ -122,8 +122,7 @@ def test_batch_statistics_are_held_constant():
   def again(_, stats):  # Running averages go to those of the grid.
     mutable = ['batch_stats']
     _, new = model.apply(
-      *({**variables, 'batch_stats': stats}, inputs),
-      **{'train': True, 'mutable': mutable},
+      {**variables, 'batch_stats': stats}, inputs, train=True, mutable=mutable
     )
     return new['batch_stats']
 
@@ -151,7 +150,9 @@ def test_skip_paths_hold_gradients_together():
   """The order of the paper's section 3: by depth 50, and by beta."""
   rising = []
   for name in (
-    *('feedforward_bn', 'batchnorm_1', 'batchnorm_0.1'),
+    'feedforward_bn',
+    'batchnorm_1',
+    'batchnorm_0.1',
     'skipinit_sqrt',
   ):
     mean, error = mean_and_error(name, 50)

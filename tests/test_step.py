@@ -145,8 +145,12 @@ def cheap_shares(monkeypatch):
 
 # Everything that a cut of the batch could upset.
 RICH = {
-  **{'model__dropout': 0.3, 'data__mixup': 0.5, 'data__cutmix': 1.0},
-  **{'label_smoothing': 0.1, 'data__shift': 1, 'optimizer__clip_norm': 0.5},
+  'model__dropout': 0.3,
+  'data__mixup': 0.5,
+  'data__cutmix': 1.0,
+  'label_smoothing': 0.1,
+  'data__shift': 1,
+  'optimizer__clip_norm': 0.5,
 }
 
 
@@ -289,8 +293,10 @@ def test_runs_that_differ_in_rate_and_seed_share_a_program():
 @pytest.mark.parametrize('scan', [False, True])
 def test_watched_shares_are_those_of_a_capture_of_the_whole_batch(method, scan):
   config = recipe(
-    **{'model__method': method, 'model__statistics_group': 'all'},
-    **{'model__depth': 16, 'model__scan': scan},
+    model__method=method,
+    model__statistics_group='all',
+    model__depth=16,
+    model__scan=scan,
   )
   data = data_of(config)
   program = make_program(config, data)
@@ -408,7 +414,8 @@ def test_minus_one_is_in_no_top_k():
 def short_run(**averages):
   config = recipe(
     model__method='skipinit',
-    **{'ema_decay': 0.7, **averages},
+    ema_decay=0.7,
+    **averages,
     label_smoothing=0.2,
     optimizer__l2=0.01,
   )
@@ -448,7 +455,8 @@ def test_the_decay_of_averages_warms_up_with_the_step():
     decay = min(0.3, (1 + step) / (10 + step))
     average = jax.tree.map(
       lambda a, p, d=decay: d * a + (1 - d) * np.float64(p),
-      *(average, state.params),
+      average,
+      state.params,
     )
     assert_close(state.ema['params'], average, rtol=1e-5, atol=1e-6)
 
@@ -587,8 +595,11 @@ def test_so_many_steps_in_a_row_may_be_skipped():
 
 def test_the_rate_after_skipped_steps_is_the_one_reported():
   one, good, bad = diverging(
-    **{'on_divergence': 'skip', 'schedule__name': 'cosine', 'epochs': 3.0},
-    **{'optimizer__momentum': 0.0, 'optimizer__l2': 0.0},
+    on_divergence='skip',
+    schedule__name='cosine',
+    epochs=3.0,
+    optimizer__momentum=0.0,
+    optimizer__l2=0.0,
   )
   state = bad
   for _ in range(3):

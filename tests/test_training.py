@@ -24,12 +24,29 @@ from skipinit_jax.training.saved import load_run
 
 # Keys of issue 2.
 TRAIN_KEYS = {
-  *('step', 'epoch', 'loss', 'top1', 'learning_rate', 'grad_norm'),
-  *('param_norm', 'images_per_second', 'data_wait_seconds'),
+  'step',
+  'epoch',
+  'loss',
+  'top1',
+  'learning_rate',
+  'grad_norm',
+  'param_norm',
+  'images_per_second',
+  'data_wait_seconds',
 }
 RESULT_KEYS = {
-  *('status', 'eval', 'best_eval', 'steps', 'parameters', 'seconds'),
-  *('versions', 'device', 'revision', 'last_train', 'eval_size', 'chance'),
+  'status',
+  'eval',
+  'best_eval',
+  'steps',
+  'parameters',
+  'seconds',
+  'versions',
+  'device',
+  'revision',
+  'last_train',
+  'eval_size',
+  'chance',
 }
 FILES = {'config.json', 'metrics.jsonl', 'result.json'}
 FILES |= {'tensorboard', 'checkpoints'}
@@ -47,8 +64,12 @@ def recipe(**changes) -> ConfigDict:
   with config.unlocked():
     config.data.update(
       name='synthetic',
-      **{'height': 8, 'width': 8, 'channels': 1, 'num_classes': 10},
-      **{'train_size': 48, 'eval_size': 29},
+      height=8,
+      width=8,
+      channels=1,
+      num_classes=10,
+      train_size=48,
+      eval_size=29,
     )
   for name, value in changes.items():
     part, *path = config, *name.split('__')
@@ -409,8 +430,10 @@ def test_strict_json_has_null_for_what_is_not_finite():
     'e': 'NaN',
   }
   assert json.loads(dumps(value)) == {
-    **{'a': None, 'b': [None, 1.5]},
-    **{'c': {'d': None}, 'e': 'NaN'},
+    'a': None,
+    'b': [None, 1.5],
+    'c': {'d': None},
+    'e': 'NaN',
   }
 
 

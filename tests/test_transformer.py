@@ -115,7 +115,7 @@ def cross_entropy(logits, labels):
 
 
 def close(a, b, **kwargs):
-  np.testing.assert_allclose(a, b, **{'rtol': 2e-4, 'atol': 2e-5, **kwargs})
+  np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, **kwargs)
 
 
 def largest(tree):
@@ -200,8 +200,7 @@ def test_the_gradients_of_all_paths_add_up_to_the_gradient(kind):
     step = 1e-7
     slopes = (loss(step, 0) - loss(-step, 0), loss(0, step) - loss(0, -step))
     for gradient, direction, slope in zip(
-      *((total[1], total[0]['position']), (pixels, position), slopes),
-      strict=True,
+      (total[1], total[0]['position']), (pixels, position), slopes, strict=True
     ):
       product = np.asarray(gradient, np.float64) * direction
       tolerance = 1e-4 * np.linalg.norm(product)
@@ -334,7 +333,9 @@ def test_training_is_adam_with_a_warm_up_and_a_cosine():
       lambda p, a, b, now=now, m=m, s=s: (
         p - now * (a / m) / (jnp.sqrt(b / s) + 1e-8)
       ),
-      *(params, mean, square),
+      params,
+      mean,
+      square,
     )
   expected = example.evaluate(model, params, images[held], labels[held])
   close((loss, accuracy), expected, rtol=1e-3)

@@ -16,14 +16,16 @@ from skipinit_jax.weights import load_timm, load_weights, save_weights
 # A tenth of the channels of ResNet-18 and ResNet-50, and other stage sizes.
 SIZES = {False: (2, 1, 2), True: (1, 2)}
 FIELDS = {
-  **{'method': 'batchnorm', 'symmetric_padding': True},
-  **{'features': 6, 'stem_features': 6},
+  'method': 'batchnorm',
+  'symmetric_padding': True,
+  'features': 6,
+  'stem_features': 6,
 }
 
 
 def network(bottleneck, **fields):
   return ResNet(
-    *(SIZES[bottleneck], bottleneck), **FIELDS | {'num_classes': 5} | fields
+    SIZES[bottleneck], bottleneck, **FIELDS | {'num_classes': 5} | fields
   )
 
 
@@ -162,7 +164,7 @@ def test_what_does_not_fit_is_named(tmp_path):
   path = tmp_path / 'timm.safetensors'
   weights = timm_weights(False)
 
-  def refused(message, model=None, **changes):
+  def refused(message, changes, model=None):
     changed = {k: v for k, v in (weights | changes).items() if v is not None}
     save_file(changed, path)
     with pytest.raises(InputError, match=message) as error:
@@ -171,28 +173,31 @@ def test_what_does_not_fit_is_named(tmp_path):
 
   refused(
     r'1 missing \(stem\.conv\.weight\); 2 unknown \(stem\.conv1\.weight, stem',
-    **{'stem.conv.weight': None},
-    **{f'stem.conv{i}.weight': np.ones(1) for i in (1, 2)},
+    {'stem.conv.weight': None}
+    | {f'stem.conv{i}.weight': np.ones(1) for i in (1, 2)},
   )
   refused(
     r'15 unknown \(stages\.3\.a0, stages\.3\.a1, stages\.3\.a10, \.\.\.\)',
-    **{f'stages.3.a{i}': np.ones(1) for i in range(15)},
+    {f'stages.3.a{i}': np.ones(1) for i in range(15)},
   )
   refused(
     r'1 other shapes \(head\.fc\.bias \(7,\) for \(5,\)\)',
-    **{'head.fc.bias': np.ones(7)},
+    {'head.fc.bias': np.ones(7)},
   )
   refused(
     r'head\.fc\.weight \(5, 24, 1, 1\) for \(9, 24\)',
+    {},
     network(False, num_classes=9),
   )
   refused(
     'symmetric_padding=False: not as in timm.*; expected True',
+    {},
     network(False, symmetric_padding=False),
   )
-  refused("method='skipinit': timm has", network(False, method='skipinit'))
+  refused("method='skipinit': timm has", {}, network(False, method='skipinit'))
   refused(
     'biases=True: not as in timm.*; expected False',
+    {},
     network(False, biases=True),
   )
 
@@ -216,8 +221,10 @@ def test_a_tree_comes_back_as_it_was(tmp_path):
     lambda a, b: a.dtype == b.dtype or 1 / 0, loaded['params'], tree['params']
   )
   assert load_file(path).keys() == {
-    *('params.stage1.alpha', 'params.stage1.kernel'),
-    *('params.half.kernel', 'params.turned.kernel'),
+    'params.stage1.alpha',
+    'params.stage1.kernel',
+    'params.half.kernel',
+    'params.turned.kernel',
   }
 
 

@@ -38,8 +38,7 @@ CHIPS = {
   'v2': Chip(46e12, 716e9, 16e9, ('2x2', '4x4')),
   'v3': Chip(123e12, 900e9, 32 * GIB, ('2x2', '4x4')),
   'v4': Chip(
-    *(275e12, 1200e9, 32 * GIB, ('2x2x1', '2x2x2', '4x4x4')),
-    megacore=True,
+    275e12, 1200e9, 32 * GIB, ('2x2x1', '2x2x2', '4x4x4'), megacore=True
   ),
   'v5e': Chip(197e12, 819e9, 16 * GIB, SQUARES),
   'v5p': Chip(459e12, 2765e9, 95 * GIB, ('2x2x1', '2x2x2', '4x4x4')),

@@ -43,12 +43,24 @@ WIDTHS = {
 }
 BITS = {name: bits for bits, names in WIDTHS.items() for name in names.split()}
 COLLECTIVES = (
-  *('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all'),
-  *('collective-permute', 'collective-broadcast'),
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+  'collective-broadcast',
 )
 FREE = (
-  *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast'),
-  *('after-all', 'partition-id', 'replica-id', 'opt-barrier', 'domain'),
+  'parameter',
+  'constant',
+  'tuple',
+  'get-tuple-element',
+  'bitcast',
+  'after-all',
+  'partition-id',
+  'replica-id',
+  'opt-barrier',
+  'domain',
 )
 # Custom calls of the TPU compiler that only name memory.
 NAMING = ('"AllocateBuffer"', '"ConcatBitcast"')
@@ -339,7 +351,9 @@ class Program:
       return False
     inside = self.computations[_CALLED.search(op.attributes)[1]]
     return {o.opcode for o in inside.values()} <= {
-      *('parameter', 'bitcast', 'copy')
+      'parameter',
+      'bitcast',
+      'copy',
     }
 
   def _collective(self, op: Instruction, ops: dict[str, Instruction]) -> float:

@@ -58,7 +58,9 @@ METHODS = {
 }
 # Small enough for minutes on two CPU cores.
 DIGITS = {
-  **{'model.depth': 40, 'epochs': 8.0, 'optimizer.learning_rate': 2.0**-4},
+  'model.depth': 40,
+  'epochs': 8.0,
+  'optimizer.learning_rate': 2.0**-4,
   # One that starts at zero lets no gradient through.
   'model.classifier_init': 'he',
   # What is looked at along training.
@@ -77,7 +79,8 @@ def main() -> None:
   )
   parser.add_argument('kind', help=f'{", ".join(KINDS)}, or all')
   parser.add_argument(
-    *('--config', '--dataset'),
+    '--config',
+    '--dataset',
     default='digits',
     help='a recipe, or the data set that it is named after',
   )

@@ -108,16 +108,17 @@ def draw(measured: Measured, out: Path, name: str = 'training') -> list[Path]:
       style = plots.line_style(method)
       marker = {'marker': plots.STYLES[method].marker, 'markersize': 4}
       depths.plot(
-        *(found['epoch'], found['effective_depth']),
-        **{**style, 'label': plots.LABELS[method]},
+        found['epoch'],
+        found['effective_depth'],
+        **style,
+        label=plots.LABELS[method],
       )
       at = found['checkpoint_epoch']
       if (good := np.isfinite(found['eigenvalue'])).any():
         eigenvalues.plot(at[good], found['eigenvalue'][good], **style, **marker)
       finite = np.isfinite(found['limit'])
       eigenvalues.plot(
-        *(at[finite], found['limit'][finite]),
-        **{**style, 'linewidth': 0.8, 'zorder': 1},
+        at[finite], found['limit'][finite], **style, linewidth=0.8, zorder=1
       )
     depths.set_ylabel('effective depth (branches)')
     depths.set_ylim(bottom=0)
@@ -128,7 +129,6 @@ def draw(measured: Measured, out: Path, name: str = 'training') -> list[Path]:
     handles.append(Line2D([], [], color='gray', linewidth=0.8))
     labels.append('limit at the rate')
     figure.legend(
-      *(handles, labels),
-      **{'loc': 'outside upper left', 'ncols': 2, 'handlelength': 3},
+      handles, labels, loc='outside upper left', ncols=2, handlelength=3
     )
     return plots.save(figure, out, name)

@@ -182,7 +182,9 @@ def draw(
       for axes, y in zip(panels, (values, 2 / values), strict=True):
         middle = np.median(y, 1)
         axes.errorbar(
-          *(aside, middle, (middle - y.min(1), y.max(1) - middle)),
+          aside,
+          middle,
+          (middle - y.min(1), y.max(1) - middle),
           **plots.line_style(column),
           marker=plots.STYLES[column].marker,
           capsize=3,
@@ -197,7 +199,9 @@ def draw(
     panels[1].set_xticks(depths)
     figure.legend(
       *panels[0].get_legend_handles_labels(),
-      **{'loc': 'outside upper left', 'ncols': 2, 'handlelength': 3},
+      loc='outside upper left',
+      ncols=2,
+      handlelength=3,
     )
     return plots.save(figure, out, 'curvature')
 
@@ -231,8 +235,10 @@ def training_loss(
 
 def _loss(model, images, targets, params) -> jax.Array:
   logits, _ = model.apply(
-    *({'params': params}, images),
-    **{'train': True, 'mutable': ['batch_stats']},
+    {'params': params},
+    images,
+    train=True,
+    mutable=['batch_stats'],
     rngs={'dropout': jax.random.key(0)},
   )
   return cross_entropy(logits, targets).mean()

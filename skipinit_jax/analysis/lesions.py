@@ -302,13 +302,19 @@ def _figure(measured: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     single.plot(places, 100 * result['single'], linewidth=1.2, **line)
     changes = result['transitions']
     single.plot(
-      *(places[changes], 100 * result['single'][changes]),
-      **{'color': style['color'], 'marker': 'o', 'linestyle': 'none'},
+      places[changes],
+      100 * result['single'][changes],
+      color=style['color'],
+      marker='o',
+      linestyle='none',
     )
     _band(several, result['deleted'], result['several'], style)
     swapped.plot(
-      *(result['tau'].ravel(), 100 * result['swapped'].ravel()),
-      **{'color': style['color'], 'marker': '.', 'linestyle': 'none'},
+      result['tau'].ravel(),
+      100 * result['swapped'].ravel(),
+      color=style['color'],
+      marker='.',
+      linestyle='none',
     )
     whole = {'color': style['color'], 'linewidth': 0.8, 'alpha': 0.7}
     for axes in panels:
@@ -322,7 +328,9 @@ def _figure(measured: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     axes.set_ylim(bottom=0)
   figure.legend(
     *single.get_legend_handles_labels(),
-    **{'loc': 'outside upper left', 'ncols': 3, 'handlelength': 3},
+    loc='outside upper left',
+    ncols=3,
+    handlelength=3,
   )
   return figure
 
@@ -333,8 +341,12 @@ def _band(
   """Mean over the draws, and their range."""
   axes.plot(x, 100 * errors.mean(1), marker='o', markersize=3.5, **style)
   axes.fill_between(
-    *(x, 100 * errors.min(1), 100 * errors.max(1)),
-    **{'color': style['color'], 'alpha': 0.2, 'linewidth': 0},
+    x,
+    100 * errors.min(1),
+    100 * errors.max(1),
+    color=style['color'],
+    alpha=0.2,
+    linewidth=0,
   )
 
 

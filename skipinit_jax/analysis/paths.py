@@ -297,8 +297,7 @@ def _figure(measured: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
   shares.set_xlabel('path length (branches passed)')
   handles, labels = norms.get_legend_handles_labels()
   figure.legend(
-    *(handles, labels),
-    **{'loc': 'outside upper left', 'ncols': 2, 'handlelength': 3},
+    handles, labels, loc='outside upper left', ncols=2, handlelength=3
   )
   figure.align_ylabels()
   return figure

@@ -17,7 +17,9 @@ from skipinit_jax.styles import LABELS as LABELS
 
 WIDTH, HEIGHT = 4.6, 2.6  # Inches, of a panel alone in its row.
 RC = styles.RC | {
-  **{'axes.titlesize': 10, 'legend.fontsize': 9, 'savefig.dpi': 150},
+  'axes.titlesize': 10,
+  'legend.fontsize': 9,
+  'savefig.dpi': 150,
 }
 
 

@@ -195,7 +195,8 @@ def beside_theory(
   """What `capture` returns, with second moments and what `expected` returns."""
   moments = {path: second_moment(captured, path) for path in PATHS}
   theory = expected(
-    *(method, stage_sizes),
+    method,
+    stage_sizes,
     start=float(moments['skip'][0]),
     project_first=project_first,
   )
@@ -264,7 +265,7 @@ def _draw_moments(
     axes.set_title(plots.LABELS[column], loc='left')
     if not captured['branch'].any():
       axes.text(
-        *(0.03, 0.06, 'branch: 0 in every block'), transform=axes.transAxes
+        0.03, 0.06, 'branch: 0 in every block', transform=axes.transAxes
       )
     _widen(axes)
   for axes in panels[2:]:
@@ -278,7 +279,9 @@ def _draw_moments(
   figure.legend(
     [*gray, theory],
     ['skip path', 'branch', "block's output", 'theory, of each'],
-    **{'loc': 'outside upper left', 'ncols': 4, 'handlelength': 3},
+    loc='outside upper left',
+    ncols=4,
+    handlelength=3,
   )
   return plots.save(figure, out, f'variance-depth-{depth}')
 
@@ -299,8 +302,11 @@ def _draw_shares(measured: Measured, out: Path) -> list[Path]:
       if captured['share'].any():
         axes.plot(blocks, captured['share'], **plots.line_style(column))
         axes.plot(
-          *(blocks, captured['expected_share']),
-          **{'color': plots.INK, 'linewidth': 0.7, 'zorder': 3},
+          blocks,
+          captured['expected_share'],
+          color=plots.INK,
+          linewidth=0.7,
+          zorder=3,
         )
     plots.log_axis(axes)
     axes.set_title(f'depth {depth}', loc='left')
@@ -340,6 +346,5 @@ def _legend(figure, measured, notes: Mapping[str, str], *, theory: bool):
     lines.append(Line2D([], [], color=plots.INK, linewidth=0.7))
     labels.append('theory')
   figure.legend(
-    *(lines, labels),
-    **{'loc': 'outside upper left', 'ncols': 2, 'handlelength': 3},
+    lines, labels, loc='outside upper left', ncols=2, handlelength=3
   )

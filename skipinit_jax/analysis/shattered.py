@@ -61,8 +61,12 @@ class LooksLinear(nn.Module):
 def _dense(method: str | Method, **fields) -> Callable[[int, int], nn.Module]:
   """Blocks of one layer, after a stem that makes the first layer."""
   return lambda depth, width: DenseResNet(
-    *(depth - 1, width),
-    **{'num_classes': 1, 'method': method, 'branch_layers': 1, 'scan': True},
+    depth - 1,
+    width,
+    num_classes=1,
+    method=method,
+    branch_layers=1,
+    scan=True,
     **fields,
   )
 
@@ -244,7 +248,7 @@ def _figure(measured: Mapping[str, np.ndarray]) -> Figure:
   networks = [name for name in NETWORKS if name in measured]
   rows = -(-len(networks) // 2)
   figure, panels = plots.new_figure(
-    rows, 2, **{'width': 5.4, 'height': 1.5 * rows + 0.6, 'sharey': True}
+    rows, 2, width=5.4, height=1.5 * rows + 0.6, sharey=True
   )
   for axes in panels[len(networks) :]:
     axes.remove()
@@ -259,7 +263,9 @@ def _figure(measured: Mapping[str, np.ndarray]) -> Figure:
     axes.set_ylabel('autocorrelation')
   figure.legend(
     *panels[0].get_legend_handles_labels(),
-    **{'loc': 'outside upper left', 'ncols': 3, 'handlelength': 2.5},
+    loc='outside upper left',
+    ncols=3,
+    handlelength=2.5,
   )
   return figure
 
@@ -282,9 +288,14 @@ def _panel(
   for depth, color in zip(measured['depths'], colors, strict=True):
     if int(depth) in published:
       axes.plot(
-        *(lags[-1], published[int(depth)], 'D'),
-        **{'color': color, 'markerfacecolor': 'none', 'clip_on': False},
-        **{'label': label, 'markersize': 6},
+        lags[-1],
+        published[int(depth)],
+        'D',
+        color=color,
+        markerfacecolor='none',
+        clip_on=False,
+        label=label,
+        markersize=6,
       )
       label = None
   axes.set_title(TITLES[network], loc='left')

@@ -24,10 +24,16 @@ DATASETS: dict[str, Callable[[ConfigDict], Resident | Stream]] = {
 
 # What a recipe's `data` holds beside the fields that all data sets have.
 _FILES = {
-  **{'dir': str, 'train_split': str, 'eval_split': str},
-  **{'train_size': int, 'eval_size': int},
-  **{'image_size': int, 'eval_resize': int},
-  **{'area': tuple, 'aspect': tuple, 'workers': int},
+  'dir': str,
+  'train_split': str,
+  'eval_split': str,
+  'train_size': int,
+  'eval_size': int,
+  'image_size': int,
+  'eval_resize': int,
+  'area': tuple,
+  'aspect': tuple,
+  'workers': int,
 }
 _SHAPE = ('height', 'width', 'channels', 'num_classes')
 _OWN: dict[str, dict[str, type]] = {

@@ -40,8 +40,11 @@ def run_process(
   """
   Path(folder).mkdir(parents=True, exist_ok=True)
   command = [
-    *(sys.executable, '-m', 'skipinit_jax.experiments.worker'),
-    *(folder, *arguments),
+    sys.executable,
+    '-m',
+    'skipinit_jax.experiments.worker',
+    folder,
+    *arguments,
   ]
   paths = [PACKAGE, *filter(None, [os.environ.get('PYTHONPATH')])]
   environment = os.environ | {

@@ -44,7 +44,7 @@ def run_cost(run: Run) -> dict[str, float]:
   images = config.epochs * data.train_size
   model = config.model
   each = image_flops(
-    *(model.name, model.depth, model.width, data.image_shape, data.num_classes)
+    model.name, model.depth, model.width, data.image_shape, data.num_classes
   )
   flops = 3 * each * images
   by_layers = images / config.batch_size * model.depth * LAYER_SECONDS

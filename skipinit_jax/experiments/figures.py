@@ -302,7 +302,9 @@ def _losses(
     style = STYLES[cell.column]
     axes.plot(
       *zip(*_thinned(points), strict=True),
-      **{'color': style.color, 'linestyle': style.dashes, 'linewidth': 1.5},
+      color=style.color,
+      linestyle=style.dashes,
+      linewidth=1.5,
     )
     if curve.diverged:
       axes.plot(*points[-1], 'x', color=style.color, ms=9, mew=2.5)
@@ -382,8 +384,11 @@ def _figure(
   figure.legend(
     [_handle(column, markers) for column in grid.columns],
     labels,
-    **{'loc': 'outside upper left', 'ncols': across, 'handlelength': 3},
-    **{'columnspacing': 1.2, 'borderpad': 0},
+    loc='outside upper left',
+    ncols=across,
+    handlelength=3,
+    columnspacing=1.2,
+    borderpad=0,
   )
   return figure, list(figure.subplots(axes, sharex=True, squeeze=False)[:, 0])
 
@@ -391,8 +396,7 @@ def _figure(
 def _handle(column: str, marker: bool) -> Line2D:
   color, shape, dashes = STYLES[column]
   return Line2D(
-    *([], []),
-    **{'color': color, 'linestyle': dashes, 'marker': shape if marker else ''},
+    [], [], color=color, linestyle=dashes, marker=shape if marker else ''
   )
 
 
@@ -403,18 +407,27 @@ def _plot(axes: Axes, column: str, points: Sequence[_Point]) -> None:
   x, y, low, high, _ = zip(*points, strict=True)
   error = {'yerr': (low, high)} if any(low + high) else {}
   axes.errorbar(
-    *(x, y),
-    **{**error, 'color': color, 'linestyle': dashes, 'elinewidth': 1.2},
-    **{'capsize': 2.5, 'clip_on': False},
+    x,
+    y,
+    **error,
+    color=color,
+    linestyle=dashes,
+    elinewidth=1.2,
+    capsize=2.5,
+    clip_on=False,
   )
   for good in (True, False):
     some = [p for p in points if p.good == good]
     if not some:
       continue
     axes.plot(
-      *([p.x for p in some], [p.y for p in some]),
-      **{'color': color, 'marker': marker, 'linestyle': 'none'},
-      **{'markerfacecolor': color if good else 'none', 'clip_on': False},
+      [p.x for p in some],
+      [p.y for p in some],
+      color=color,
+      marker=marker,
+      linestyle='none',
+      markerfacecolor=color if good else 'none',
+      clip_on=False,
     )
 
 
@@ -424,9 +437,13 @@ def _plot_on_top(axes: Axes, column: str, x: Sequence[float]) -> None:
     return
   color, marker, _ = STYLES[column]
   axes.plot(
-    *(x, [1.0] * len(x)),
-    **{'color': color, 'marker': marker, 'linestyle': 'none'},
-    **{'markerfacecolor': 'none', 'clip_on': False},
+    x,
+    [1.0] * len(x),
+    color=color,
+    marker=marker,
+    linestyle='none',
+    markerfacecolor='none',
+    clip_on=False,
     transform=axes.get_xaxis_transform(),
   )
 
@@ -434,8 +451,11 @@ def _plot_on_top(axes: Axes, column: str, x: Sequence[float]) -> None:
 def _chance_line(axes: Axes, chance: float) -> None:
   axes.axhline(100 * chance, color=INK, alpha=0.5, linewidth=1, zorder=0)
   axes.text(
-    *(1.01, 100 * chance, 'chance'),
-    **{'transform': axes.get_yaxis_transform(), 'va': 'center'},
+    1.01,
+    100 * chance,
+    'chance',
+    transform=axes.get_yaxis_transform(),
+    va='center',
   )
 
 

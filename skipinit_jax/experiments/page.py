@@ -187,8 +187,16 @@ def _run_lists(findings: Findings) -> Iterator[Markup]:
   """The runs of each cell, folded up."""
   grid = findings.grid
   heads = (
-    *('split', 'rate', 'seed', 'status', 'top-1 (%)', 'loss'),
-    *('steps', 'seconds', 'files', 'command'),
+    'split',
+    'rate',
+    'seed',
+    'status',
+    'top-1 (%)',
+    'loss',
+    'steps',
+    'seconds',
+    'files',
+    'command',
   )
   head = element('tr', *(element('th', name, scope='col') for name in heads))
   for cell, runs in findings.runs.items():
@@ -207,7 +215,9 @@ def _run_lists(findings: Findings) -> Iterator[Markup]:
       element(
         'div',
         _scroll(f'Runs of {name}', table),
-        **{'class_': 'runs', 'id': findings.anchors[cell], 'tabindex': -1},
+        class_='runs',
+        id=findings.anchors[cell],
+        tabindex=-1,
       ),
     )
 
@@ -218,8 +228,11 @@ def _run_row(findings: Findings, run: Run) -> Markup:
   if outcome:
     loss = DASH if outcome.loss is None else f'{outcome.loss:.4g}'
     numbers = [
-      *(outcome.status, f'{100 * outcome.top1:.2f}', loss),
-      *(f'{outcome.steps:,}', f'{outcome.seconds:,.1f}'),
+      outcome.status,
+      f'{100 * outcome.top1:.2f}',
+      loss,
+      f'{outcome.steps:,}',
+      f'{outcome.seconds:,.1f}',
     ]
   files = [
     element('a', name, href=f'runs/{run.id}/{name}')

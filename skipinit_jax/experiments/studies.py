@@ -22,8 +22,10 @@ FIXUP = {'model.method': 'fixup'}
 ONE_RATE = {'optimizer.reduced_rate': False}
 NO_PART = {
   **FIXUP,
-  **{'model.zero_last': False, 'model.rescale': False},
-  **{'model.scalar_biases': False, 'model.alpha': 'none'},
+  'model.zero_last': False,
+  'model.rescale': False,
+  'model.scalar_biases': False,
+  'model.alpha': 'none',
 }
 DROPOUT = {'model.dropout': 0.25}
 PLAIN = {'model.biases': False, 'model.dropout': 0.0}
@@ -50,11 +52,14 @@ VARIANTS: dict[str, Fields] = {
   'imagenet:fixup_dropout': {**PLAIN, **FIXUP, **ONE_RATE, **DROPOUT},
   'imagenet:regularized_skipinit': {**SKIPINIT, **BIASES, **DROPOUT},
   'imagenet:batchnorm_dropout': {
-    **{**PLAIN, **DROPOUT},
+    **PLAIN,
+    **DROPOUT,
     'model.method': 'batchnorm',
   },
   'clipped': {
-    **{**SKIPINIT, **BIASES, **DROPOUT},
+    **SKIPINIT,
+    **BIASES,
+    **DROPOUT,
     # Brock et al. 2021: 0.01 at 4096 images, more for smaller batches.
     'optimizer.adaptive_clip': lambda f: 0.01 * 4096 / f['batch_size'],
   },
@@ -149,8 +154,11 @@ def batch_fields(batch: int) -> Fields:
 
 # Small enough for minutes on two CPU cores.
 DIGITS = {
-  **{'epochs': 8.0, 'eval_every_epochs': 8.0, 'checkpoint_every_steps': 100},
-  **{'optimizer.l2': 5e-4, 'watch_every_steps': 45},
+  'epochs': 8.0,
+  'eval_every_epochs': 8.0,
+  'checkpoint_every_steps': 100,
+  'optimizer.l2': 5e-4,
+  'watch_every_steps': 45,
 }
 DIGITS_CHOICES = (
   'On the digits everything but the method is our choice: n-1 Wide-ResNets, '
@@ -200,7 +208,9 @@ def budgets(epochs: float, batch: int) -> Axis:
 
 
 ONE_EPOCH = {
-  **{'epochs': 1.0, 'eval_every_epochs': 1.0, 'schedule.name': 'constant'},
+  'epochs': 1.0,
+  'eval_every_epochs': 1.0,
+  'schedule.name': 'constant',
 }
 TABLE_1 = (
   'batchnorm',
@@ -212,8 +222,12 @@ TABLE_1 = (
 )
 TABLE_2 = ('skipinit', 'skipinit_1', 'divide_sqrt2', 'skipinit_no_l2')
 PARTS = (
-  *('fixup', 'fixup_zero_last', 'fixup_rescale', 'fixup_multiplier'),
-  *('fixup_biases', 'fixup_no_part'),
+  'fixup',
+  'fixup_zero_last',
+  'fixup_rescale',
+  'fixup_multiplier',
+  'fixup_biases',
+  'fixup_no_part',
 )
 FIRST = ('batchnorm', 'fixup', 'skipinit_sqrt', 'skipinit', 'none')
 IMAGENET_ROWS = (*(n for n in VARIANTS if n.startswith('imagenet:')), 'clipped')
@@ -243,8 +257,8 @@ def by_depth(
     'choices': CIFAR_CHOICES,
   }
   return {
-    'digits': Grid(**{**small, **digits}),
-    **cifar(Grid(**{**published_size, **cifar10})),
+    'digits': Grid(**small, **digits),
+    **cifar(Grid(**published_size, **cifar10)),
   }
 
 

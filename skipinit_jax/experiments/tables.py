@@ -274,8 +274,12 @@ def _comparison(findings: Findings, panel: str) -> Table:
       ]
     )
   names = (
-    *('cell', 'ours (%)', 'published (%)', 'difference'),
-    *('our rate', 'published rate'),
+    'cell',
+    'ours (%)',
+    'published (%)',
+    'difference',
+    'our rate',
+    'published rate',
   )
   notes = [f'Published: {study.source}. Difference: ours less theirs.']
   if any('*' in entry.text for row in rows for entry in row):

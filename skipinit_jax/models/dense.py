@@ -110,7 +110,11 @@ class DenseResNet(nn.Module):
     x = dense(self.width, name='stem')(x)
     x = Stage(
       lambda strides, name: DenseBlock(
-        *(dense, last, norm, act, self.branch_layers),
+        dense,
+        last,
+        norm,
+        act,
+        self.branch_layers,
         join=functools.partial(Join, method.gain) if self.skip else None,
         name=name,
       ),

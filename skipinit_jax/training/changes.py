@@ -16,19 +16,32 @@ CONFIG = 'config.json'
 CHANGES = 'changes'  # In it, beside the fields.
 # Fields that may differ when a run goes on: they don't change its numbers.
 FREE = (
-  *('eval_batch_size', 'checkpoint_every_steps', 'keep_checkpoints'),
-  *('compilation_cache', 'allow_cpu', 'diverged_status', 'fall_back'),
-  *('stuck_at_start_seconds', 'stuck_after_seconds', 'accept_changes'),
-  *('data.dir', 'data.workers'),
-  *('data.bad_share', 'profile_at', 'profile_steps'),
+  'eval_batch_size',
+  'checkpoint_every_steps',
+  'keep_checkpoints',
+  'compilation_cache',
+  'allow_cpu',
+  'diverged_status',
+  'fall_back',
+  'stuck_at_start_seconds',
+  'stuck_after_seconds',
+  'accept_changes',
+  'data.dir',
+  'data.workers',
+  'data.bad_share',
+  'profile_at',
+  'profile_steps',
 )
 # Other fields of the network and the images are what the run is about.
 OF_MODEL = ('dropout', 'statistics_group', 'scan', 'remat')
 OF_DATA = ('shift', 'flip', 'area', 'aspect', 'cutout', 'mixup', 'cutmix')
 # The optimizer's state has a part for each of these that is set.
 PARTS = (
-  *('ema_decay', 'optimizer.l2', 'optimizer.clip_norm'),
-  *('optimizer.adaptive_clip', 'optimizer.reduced_rate'),
+  'ema_decay',
+  'optimizer.l2',
+  'optimizer.clip_norm',
+  'optimizer.adaptive_clip',
+  'optimizer.reduced_rate',
 )
 RATE = ('optimizer.learning_rate', 'optimizer.reference_batch')
 SHOWN = 2  # Of the fields that differ, in an error.

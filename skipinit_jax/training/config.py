@@ -330,8 +330,7 @@ def build_model(
   else:
     network = _resnet(model, fields)
   check_choices(
-    *(method, network.num_blocks),
-    *(model.activation, model.kernel_init, model.skip),
+    method, network.num_blocks, model.activation, model.kernel_init, model.skip
   )
   if model.scan is None and platform != 'cpu':
     network = network.clone(scan=max(network.stage_sizes) >= SCAN_FROM)

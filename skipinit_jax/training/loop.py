@@ -133,7 +133,10 @@ def _make_steps(
     startup.record_changes(workdir, config, changes, step)
     blocks = block_names(state.params)
     reporter = Reporter(
-      *(workdir, step, times, config.batch_size),
+      workdir,
+      step,
+      times,
+      config.batch_size,
       {
         'alpha': [*alphas(state.params)],
         **dict.fromkeys(('branch_share', 'block_grad_norm'), blocks),

@@ -119,7 +119,10 @@ def load_run(checkpoint: os.PathLike | str) -> Saved:
       state = checkpoints.restore(step, like)
   local = jax.tree.map(jnp.asarray, jax.device_get(state))
   return Saved(
-    *(config, data, program.model.clone(axis_name=None), step),
+    config,
+    data,
+    program.model.clone(axis_name=None),
+    step,
     variables={'params': local.params, 'batch_stats': local.batch_stats},
     averages=local.ema,
   )

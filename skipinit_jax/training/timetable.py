@@ -50,7 +50,9 @@ class Timetable:
     """Steps in the call after `step`, which ends where something is due."""
     ends = [step + self.per_call, self.total]
     for every in (
-      *(self.log_every, self.eval_every, self.checkpoint_every),
+      self.log_every,
+      self.eval_every,
+      self.checkpoint_every,
       self.watch_every,
     ):
       if every is not None:
