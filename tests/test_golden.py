@@ -37,7 +37,7 @@ RECIPES = (
 
 
 def resolved(recipe: str) -> str:
-  """Every field by its dotted name, the method's own fields and the peak rate."""
+  """Every field by dotted name, the fields of its method, the peak rate."""
   config = load_recipe(recipe)
   method = dataclasses.asdict(build_method(config))
   fields = flatten_dict(config.to_dict(), sep='.')
@@ -74,7 +74,9 @@ def test_a_changed_method_shows(monkeypatch):
 
   changed = dataclasses.replace(METHODS['fixup'], reduced_rate=0.2)
   monkeypatch.setitem(METHODS, 'fixup', changed)
-  with pytest.raises(AssertionError, match=r'\+resolved.method.reduced_rate: 0\.2'):
+  with pytest.raises(
+    AssertionError, match=r'\+resolved.method.reduced_rate: 0\.2'
+  ):
     test_recipe_resolves_to_its_golden_file('imagenet:fixup')
 
 
