@@ -1,0 +1,3 @@
+from ml_collections.config_dict import ConfigDict as ConfigDict
+from ml_collections.config_dict import FieldReference as FieldReference
+from ml_collections.config_dict import FrozenConfigDict as FrozenConfigDict
