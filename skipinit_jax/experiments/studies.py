@@ -257,8 +257,8 @@ def by_depth(
     'choices': CIFAR_CHOICES,
   }
   return {
-    'digits': Grid(**small, **digits),
-    **cifar(Grid(**published_size, **cifar10)),
+    'digits': Grid(**(small | digits)),
+    **cifar(Grid(**(published_size | cifar10))),
   }
 
 
