@@ -139,14 +139,13 @@ def test_wheel_holds_the_package_and_the_recipes(wheel):
 
 
 def test_wheel_trains_outside_a_checkout(wheel, tmp_path):
-  with zipfile.ZipFile(wheel) as archive:
-    archive.extractall(tmp_path / 'site')
-  empty = tmp_path / 'empty'
+  site, empty = tmp_path / 'site', tmp_path / 'empty'
+  pip = [sys.executable, '-m', 'pip', 'install', '--no-index', '--no-deps']
+  subprocess.run([*pip, '--target', site, wheel], check=True)
   empty.mkdir()
-  command = [sys.executable, '-m', 'skipinit_jax.training']
   done = subprocess.run(
     [
-      *command,
+      site / 'bin' / 'skipinit-jax',
       '--config=synthetic',
       '--config.epochs=0.25',
       '--workdir=run',
@@ -154,7 +153,7 @@ def test_wheel_trains_outside_a_checkout(wheel, tmp_path):
       '--config.compilation_cache=',
     ],
     cwd=empty,
-    env={'PYTHONPATH': str(tmp_path / 'site'), 'PATH': '/usr/bin:/bin'},
+    env={'PYTHONPATH': str(site), 'PATH': '/usr/bin:/bin'},
     capture_output=True,
     text=True,
     check=False,
