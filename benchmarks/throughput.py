@@ -40,16 +40,16 @@ from benchmarks import peers
 from benchmarks.input_pipeline import machine
 from skipinit_jax import cli
 from skipinit_jax.ahead_of_time.measure import stand_in
-from skipinit_jax.training.config import check_config, peak_rate
+from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.devices import (
   map_over_devices,
   replicate,
   shard,
   tell,
 )
-from skipinit_jax.training.program import make_program
+from skipinit_jax.training.optimizer import peak_rate
+from skipinit_jax.training.program import initial_state, make_program
 from skipinit_jax.training.result import versions
-from skipinit_jax.training.startup import initial_state
 
 DATA = {'resnet50': 'imagenet2012', 'wrn16-4': 'cifar10'}
 CASES = {

@@ -22,13 +22,13 @@ from ml_collections import ConfigDict
 from benchmarks.input_pipeline import machine
 from skipinit_jax import cli
 from skipinit_jax.data import open_dataset
-from skipinit_jax.training.config import build_model, peak_rate
 from skipinit_jax.training.devices import replicate, tell
 from skipinit_jax.training.lines import write_json
-from skipinit_jax.training.program import make_program
+from skipinit_jax.training.network import build_model
+from skipinit_jax.training.optimizer import peak_rate
+from skipinit_jax.training.program import initial_state, make_program
 from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.training.result import versions
-from skipinit_jax.training.startup import initial_state
 
 EVERY = 100
 

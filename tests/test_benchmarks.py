@@ -12,7 +12,8 @@ from benchmarks import growth, peers, throughput, tpu_cost
 from skipinit_jax.ahead_of_time.measure import stand_in
 from skipinit_jax.models import blocks
 from skipinit_jax.models.skipinit import SkipInitConv
-from skipinit_jax.training.config import build_model, check_config
+from skipinit_jax.training.checks import check_config
+from skipinit_jax.training.network import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,17 +10,13 @@ from ml_collections import ConfigDict
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.methods import METHODS, Method
-from skipinit_jax.training import processes, startup
-from skipinit_jax.training.config import (
-  build_method,
-  build_model,
-  check_config,
-  default_config,
-  epochs_to_steps,
-  less_memory,
-  loops,
-  peak_rate,
-)
+from skipinit_jax.training import devices, processes
+from skipinit_jax.training.checks import check_config
+from skipinit_jax.training.config import default_config
+from skipinit_jax.training.describe import less_memory, loops
+from skipinit_jax.training.network import build_method, build_model
+from skipinit_jax.training.optimizer import peak_rate
+from skipinit_jax.training.timetable import epochs_to_steps
 
 
 def recipe(**changes):
@@ -406,28 +402,28 @@ def test_accelerator_that_jax_does_not_see_stops_the_run(
 ):
   (tmp_path / 'device0').touch()
   monkeypatch.setattr(
-    startup,
+    devices,
     'ACCELERATORS',
     {str(tmp_path / 'device[0-9]*'): (kind, 'pip install it')},
   )
-  message = refused(startup.check_devices, recipe())
+  message = refused(devices.check_devices, recipe())
   assert f'has a {kind}' in message
   assert 'pip install it' in message
   assert 'allow_cpu' in message
-  startup.check_devices(recipe(allow_cpu=True))
+  devices.check_devices(recipe(allow_cpu=True))
   (tmp_path / 'device0').unlink()
-  startup.check_devices(recipe())
+  devices.check_devices(recipe())
 
 
 def test_a_deterministic_gpu_needs_its_flag_early(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   monkeypatch.setenv('XLA_FLAGS', '')
   config = recipe(deterministic=True)
-  assert startup.DETERMINISTIC in refused(startup.check_devices, config)
-  startup.set_deterministic(recipe())
-  assert startup.DETERMINISTIC in refused(startup.check_devices, config)
-  startup.set_deterministic(config)
-  startup.check_devices(config)
+  assert devices.DETERMINISTIC in refused(devices.check_devices, config)
+  devices.set_deterministic(recipe())
+  assert devices.DETERMINISTIC in refused(devices.check_devices, config)
+  devices.set_deterministic(config)
+  devices.check_devices(config)
 
 
 @pytest.mark.parametrize(
@@ -440,11 +436,9 @@ def test_a_deterministic_gpu_needs_its_flag_early(monkeypatch):
 )
 @pytest.mark.parametrize('distributed', [False, True])
 def test_processes_are_named_with_all_three_flags(given, missing, distributed):
-  flags = {'coordinator': None, 'num_processes': None, 'process_id': None}
+  flags = dict.fromkeys(('coordinator', 'num_processes', 'process_id')) | given
   message = refused(
-    lambda: processes.initialize(
-      distributed, **flags, **given, heartbeat_seconds=10
-    )
+    lambda: processes.initialize(distributed, **flags, heartbeat_seconds=10)
   )
   assert message.startswith(f'{missing} must be given too')
 

@@ -12,12 +12,13 @@ from runs import last_state, metric_lines
 
 from skipinit_jax import files
 from skipinit_jax.errors import InputError, RunError
-from skipinit_jax.training import changes, startup, train
+from skipinit_jax.training import changes, train
 from skipinit_jax.training.lines import Lines, write_json
 from skipinit_jax.training.metrics import read_metrics
 from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.training.result import read_result, take_result
 from skipinit_jax.training.saved import config_of
+from skipinit_jax.training.workdir import open_workdir, plain, record_changes
 
 TOTAL = 12
 FILES = ('config.json', 'result.json', 'metrics.jsonl')
@@ -55,7 +56,7 @@ def workdir(tmp_path):
   """The files of a finished run, made by hand."""
   for step in (0, 3, 6):
     (tmp_path / 'checkpoints' / str(step)).mkdir(parents=True)
-  write_json(tmp_path / 'config.json', startup.plain(recipe()))
+  write_json(tmp_path / 'config.json', plain(recipe()))
   write_json(tmp_path / 'result.json', RESULT)
   text = ''.join(json.dumps(line) + '\n' for line in LINES)
   (tmp_path / 'metrics.jsonl').write_text(text)
@@ -69,7 +70,7 @@ def no_pause(monkeypatch):
 
 def take_up(workdir, config=None, step=6):
   """What `train` does with the files before the first step."""
-  since = startup.open_workdir(workdir, config or recipe(), TOTAL)
+  since = open_workdir(workdir, config or recipe(), TOTAL)
   result = take_result(workdir)
   lines = Lines(workdir)
   said = lines.take_up(step)
@@ -369,7 +370,7 @@ def test_a_config_with_other_values_is_another_config(field, value, workdir):
 
 
 def test_a_config_of_which_all_is_different_is_one_short_line(workdir):
-  fields = dict.fromkeys(changes.flatten(startup.plain(recipe())), 'x' * 500)
+  fields = dict.fromkeys(changes.flatten(plain(recipe())), 'x' * 500)
   write_json(workdir / 'config.json', {'seed': 0} | fields)
   with pytest.raises(InputError, match=r'and \d+ more') as error:
     take_up(workdir)
@@ -485,40 +486,40 @@ def test_what_can_not_take_effect_is_refused_by_name(field, workdir):
   config = recipe(accept_changes=True, **{field: CAN_NOT[field]})
   before = contents(workdir)
   with pytest.raises(InputError) as error:
-    startup.open_workdir(workdir, config, TOTAL)
+    open_workdir(workdir, config, TOTAL)
   message = str(error.value).replace(str(workdir), '')
   assert field.replace('__', '.') in message
   assert f'{CAN_NOT[field]!r} here' in message
   assert len(message) <= 300
   assert contents(workdir) == before
   shutil.rmtree(workdir / 'checkpoints')  # With no step made all can change.
-  startup.open_workdir(workdir, config, TOTAL)
+  open_workdir(workdir, config, TOTAL)
 
 
 @pytest.mark.parametrize('field', CAN)
 def test_what_can_take_effect_is_recorded_with_its_step(field, workdir):
   name, value = field.replace('__', '.'), CAN[field]
-  old = changes.flatten(startup.plain(recipe()))[name]
+  old = changes.flatten(plain(recipe()))[name]
   config = recipe(accept_changes=True, **{field: value})
   before = contents(workdir)
-  new = startup.open_workdir(workdir, config, TOTAL)
+  new = open_workdir(workdir, config, TOTAL)
   assert contents(workdir) == before  # Not before the state is there.
-  startup.record_changes(workdir, config, new, 6)
+  record_changes(workdir, config, new, 6)
   record = {'step': 6, 'field': name, 'old': old, 'new': value}
   written = json.loads((workdir / 'config.json').read_text())
   assert written['changes'] == [record]
   assert not (workdir / 'result.json').exists()
   assert changes.flatten(config_of(workdir).to_dict())[name] == value
   # It stays, without the flag, over later starts and later changes.
-  assert startup.open_workdir(
+  assert open_workdir(
     workdir, set_fields(config, {'accept_changes': False}), TOTAL
   ) == [record]
   written = json.loads((workdir / 'config.json').read_text())
   assert written['changes'] == [record]
   config = recipe(accept_changes=True, schedule__warmup_epochs=1.0)
   set_fields(config, {name: value})
-  both = startup.open_workdir(workdir, config, TOTAL)
-  startup.record_changes(workdir, config, both, 9)
+  both = open_workdir(workdir, config, TOTAL)
+  record_changes(workdir, config, both, 9)
   written = json.loads((workdir / 'config.json').read_text())
   assert [c['step'] for c in written['changes']] == [6, 9]
 
@@ -534,10 +535,10 @@ def test_a_change_counts_from_the_step_that_was_really_restored():
 
 def test_falling_back_before_a_change_moves_it(workdir):
   config = recipe(accept_changes=True, seed=3)
-  new = startup.open_workdir(workdir, config, TOTAL)
-  startup.record_changes(workdir, config, new, 6)
-  old = startup.open_workdir(workdir, config, TOTAL)
-  startup.record_changes(workdir, config, old, 3)
+  new = open_workdir(workdir, config, TOTAL)
+  record_changes(workdir, config, new, 6)
+  old = open_workdir(workdir, config, TOTAL)
+  record_changes(workdir, config, old, 3)
   written = json.loads((workdir / 'config.json').read_text())
   assert [c['step'] for c in written['changes']] == [3]
 

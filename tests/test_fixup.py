@@ -17,8 +17,9 @@ from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.models import ResNet, WideResNet
 from skipinit_jax.models.parameters import LEAVES
-from skipinit_jax.training.config import default_config, peak_rate
+from skipinit_jax.training.config import default_config
 from skipinit_jax.training.devices import replicate, tell
+from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.program import make_program
 from skipinit_jax.training.step import create_state
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from flax.traverse_util import flatten_dict
 
-from skipinit_jax.training.config import build_method, peak_rate
+from skipinit_jax.training.network import build_method
+from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,8 @@ from skipinit_jax.models import (
 from skipinit_jax.models.blocks import crelu
 from skipinit_jax.models.looks_linear import kernel_initializer
 from skipinit_jax.training import train
-from skipinit_jax.training.config import build_model, default_config
+from skipinit_jax.training.config import default_config
+from skipinit_jax.training.network import build_model
 
 LINEAR = {'activation': 'crelu', 'kernel_init': 'looks_linear'}
 SHAPE = (4, 8, 8, 3)

@@ -12,11 +12,12 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.models.methods import METHODS
 from skipinit_jax.models.resnet import WideResNet
 from skipinit_jax.models.stages import stack_blocks, unstack_blocks
-from skipinit_jax.training.config import default_config, peak_rate
+from skipinit_jax.training.config import default_config
 from skipinit_jax.training.optimizer import (
   adaptive_clip,
   make_optimizer,
   make_schedule,
+  peak_rate,
 )
 
 SIZE, BATCH = 100, 10  # 10 steps an epoch.

@@ -10,12 +10,9 @@ import pytest
 from skipinit_jax import published
 from skipinit_jax.errors import InputError
 from skipinit_jax.training.changes import flatten
-from skipinit_jax.training.config import (
-  build_method,
-  build_model,
-  check_config,
-  default_config,
-)
+from skipinit_jax.training.checks import check_config
+from skipinit_jax.training.config import default_config
+from skipinit_jax.training.network import build_method, build_model
 from skipinit_jax.training.recipes import (
   load_recipe,
   parse_overrides,

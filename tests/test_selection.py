@@ -36,10 +36,8 @@ from skipinit_jax.experiments.studies import (
   find_study,
 )
 from skipinit_jax.styles import STYLES
-from skipinit_jax.training.config import (
-  build_model,
-  check_config,
-)
+from skipinit_jax.training.checks import check_config
+from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import (
   load_recipe,
   parse_overrides,

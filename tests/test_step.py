@@ -15,10 +15,11 @@ from skipinit_jax.models.methods import METHODS
 from skipinit_jax.models.parameters import block_names
 from skipinit_jax.training import step as steps
 from skipinit_jax.training.checkpoints import Checkpoints
-from skipinit_jax.training.config import default_config, peak_rate
+from skipinit_jax.training.config import default_config
 from skipinit_jax.training.devices import AXIS, replicate, shard, tell
+from skipinit_jax.training.network import init_variables
+from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.program import make_program
-from skipinit_jax.training.startup import init_variables
 
 N, BATCH, CLASSES = 24, 8, 6
 WITHOUT_STATISTICS = sorted(METHODS.keys() - {'batchnorm'})

@@ -13,14 +13,17 @@ from runs import last_state, listing
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, RunError
-from skipinit_jax.training import changes, devices, startup, train
+from skipinit_jax.training import changes, devices, train
+from skipinit_jax.training.checkpoints import Checkpoints
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.evaluate import evaluate
 from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.loop import evaluate_latest
 from skipinit_jax.training.metrics import read_metrics
-from skipinit_jax.training.program import make_program
+from skipinit_jax.training.program import initial_state, make_program
+from skipinit_jax.training.resume import restore_or_create
 from skipinit_jax.training.saved import load_run
+from skipinit_jax.training.workdir import open_workdir, record_changes
 
 # Keys of issue 2.
 TRAIN_KEYS = {
@@ -177,9 +180,7 @@ def test_nothing_is_watched_unless_asked(done):
   assert not any(kinds & line.keys() for line in read_metrics(workdir))
   data = open_dataset(config.data)
   program = make_program(config, data)
-  state = jax.eval_shape(
-    lambda: startup.initial_state(program, config, data, 0, 1.0)
-  )
+  state = jax.eval_shape(lambda: initial_state(program, config, data, 0, 1.0))
   batch, _ = next(data.inputs(devices.replicate, config, 0))
   _, metrics = jax.eval_shape(
     program.train_step, state, batch, devices.tell(), 1
@@ -262,15 +263,15 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(done):
 
 
 def test_changes_can_be_accepted_and_some_fields_are_free(tmp_path):
-  startup.open_workdir(tmp_path / 'run', recipe(), 12)
+  open_workdir(tmp_path / 'run', recipe(), 12)
   free = recipe(checkpoint_every_steps=7, eval_batch_size=4, fall_back=False)
-  startup.open_workdir(tmp_path / 'run', free, 12)
+  open_workdir(tmp_path / 'run', free, 12)
   other = recipe(seed=3)
   with pytest.raises(InputError):
-    startup.open_workdir(tmp_path / 'run', other, 12)
+    open_workdir(tmp_path / 'run', other, 12)
   other.accept_changes = True
-  new = startup.open_workdir(tmp_path / 'run', other, 12)
-  startup.record_changes(tmp_path / 'run', other, new, 0)
+  new = open_workdir(tmp_path / 'run', other, 12)
+  record_changes(tmp_path / 'run', other, new, 0)
   written = json.loads((tmp_path / 'run/config.json').read_text())
   assert written['seed'] == 3
 
@@ -390,8 +391,8 @@ def evaluated(tmp_path_factory):
   train(config, workdir)
   data = open_dataset(config.data)
   program = make_program(config, data)
-  with startup.Checkpoints(workdir, config, print) as checkpoints:
-    _, state = startup.restore_or_create(program, config, data, checkpoints)
+  with Checkpoints(workdir, config, print) as checkpoints:
+    _, state = restore_or_create(program, config, data, checkpoints)
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
   variables = jax.device_get(variables)
   images = (data.eval_images - data.augmentation.mean) / data.augmentation.std

@@ -20,13 +20,10 @@ from skipinit_jax.data.resident import Resident
 from skipinit_jax.data.sources import augmentation
 from skipinit_jax.data.stream import Stream
 from skipinit_jax.errors import InputError
-from skipinit_jax.training.config import (
-  build_model,
-  check_config,
-  less_memory,
-)
-from skipinit_jax.training.program import Program, make_program
-from skipinit_jax.training.startup import initial_state
+from skipinit_jax.training.checks import check_config
+from skipinit_jax.training.describe import less_memory
+from skipinit_jax.training.network import build_model
+from skipinit_jax.training.program import Program, initial_state, make_program
 
 MICRO_BATCHES = (1, 2, 4, 8)
 LARGEST_BATCH = 2**14  # A chip, where the search for one ends.

@@ -35,12 +35,9 @@ from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.interrupts import interrupt_as_usual
 from skipinit_jax.training import train
-from skipinit_jax.training.config import (
-  build_method,
-  build_model,
-  check_config,
-)
+from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.lines import write_json
+from skipinit_jax.training.network import build_method, build_model
 from skipinit_jax.training.recipes import (
   load_recipe,
   parse_overrides,

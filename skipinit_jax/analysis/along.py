@@ -17,9 +17,8 @@ from skipinit_jax.analysis import plots
 from skipinit_jax.analysis.curvature import largest_eigenvalue, training_loss
 from skipinit_jax.errors import InputError
 from skipinit_jax.training.checkpoints import FOLDER, saved_steps
-from skipinit_jax.training.config import peak_rate
 from skipinit_jax.training.metrics import read_metrics
-from skipinit_jax.training.optimizer import make_schedule
+from skipinit_jax.training.optimizer import make_schedule, peak_rate
 from skipinit_jax.training.saved import Saved, load_run
 
 Measured = Mapping[str, Mapping[str, np.ndarray]]

@@ -11,9 +11,8 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.training import train
-from skipinit_jax.training.config import build_model
+from skipinit_jax.training.network import build_model, init_variables
 from skipinit_jax.training.saved import Saved, load_run
-from skipinit_jax.training.startup import init_variables
 
 
 class Network(NamedTuple):

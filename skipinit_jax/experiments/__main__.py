@@ -39,7 +39,8 @@ from skipinit_jax.experiments.selection import (
 )
 from skipinit_jax.experiments.studies import STUDIES, Grid, find_study
 from skipinit_jax.styles import LABELS
-from skipinit_jax.training.config import build_model, check_config
+from skipinit_jax.training.checks import check_config
+from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import parse_overrides
 from skipinit_jax.training.signals import to_notice
 

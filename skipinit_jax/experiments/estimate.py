@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from skipinit_jax.ahead_of_time.measure import stand_in
 from skipinit_jax.experiments.grid import TEST, Run, cells, make_run
 from skipinit_jax.experiments.studies import Grid
-from skipinit_jax.training.config import build_model, default_config
+from skipinit_jax.training.config import default_config
+from skipinit_jax.training.network import build_model
 
 # Of one CPU core's time, measured on the digits (ablations 1,200 s in 80 runs,
 # fixup_parts 816 s in 60): a layer of a step takes at least this long, and a

@@ -18,7 +18,8 @@ from skipinit_jax import cli
 from skipinit_jax.cli import BAD_INPUT, FAILED
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import processes
-from skipinit_jax.training.config import less_memory
+from skipinit_jax.training.describe import less_memory
+from skipinit_jax.training.devices import set_deterministic
 from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.loop import evaluate_latest, train
 from skipinit_jax.training.recipes import (
@@ -28,7 +29,6 @@ from skipinit_jax.training.recipes import (
   set_fields,
 )
 from skipinit_jax.training.signals import Stopped, Tolerant, leave
-from skipinit_jax.training.startup import set_deterministic
 
 
 def parser() -> cli.Parser:

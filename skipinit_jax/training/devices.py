@@ -1,12 +1,25 @@
 """How a step is mapped over devices: everything about `jax.pmap` is here."""
 
 import functools
+import glob
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from skipinit_jax.errors import InputError
+
+# Device files of accelerators, and what to install for each.
+ACCELERATORS = {
+  '/dev/nvidia[0-9]*': ('GPU', "pip install 'jax[cuda13]' (or 'jax[cuda12]')"),
+  '/dev/accel[0-9]*': ('TPU', "pip install 'jax[tpu]'"),
+}
+DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
 
 AXIS = 'batch'
 
@@ -76,3 +89,40 @@ def _sharding(*axes: str) -> NamedSharding:
   # The mesh is pmap's own, so that the step compiles once and not twice.
   mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
   return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def set_deterministic(config: ConfigDict) -> None:
+  """Asks XLA for the same bits from run to run; before JAX finds its devices.
+
+  CPUs and TPUs give them anyway. On GPUs some sums are otherwise taken in the
+  order in which they happen to finish.
+  """
+  flags = os.environ.get('XLA_FLAGS', '')
+  if config.deterministic and DETERMINISTIC not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} {DETERMINISTIC}'
+
+
+def check_devices(config: ConfigDict) -> None:
+  """Raises InputError where the devices are not what the recipe needs."""
+  asked = config.deterministic and jax.default_backend() == 'gpu'
+  if asked and DETERMINISTIC not in os.environ.get('XLA_FLAGS', ''):
+    raise InputError(
+      f'deterministic=True on a GPU needs XLA_FLAGS={DETERMINISTIC} before JAX '
+      'finds its devices'
+    )
+  if config.allow_cpu or jax.default_backend() != 'cpu':
+    return
+  for files, (kind, install) in ACCELERATORS.items():
+    if glob.glob(files):
+      raise InputError(
+        f'this machine has a {kind}, but JAX sees only the CPU: {install}, '
+        'or train on the CPU with --config.allow_cpu=True'
+      )
+
+
+def set_compilation_cache(folder: str) -> None:
+  """Keeps compiled programs in a folder, unless JAX was given one already."""
+  if folder and jax.config.jax_compilation_cache_dir is None:
+    path = str(Path(folder).expanduser())
+    jax.config.update('jax_compilation_cache_dir', path)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

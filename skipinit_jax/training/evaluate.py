@@ -106,3 +106,12 @@ def _means(totals: dict[str, float], eval_size: int) -> dict[str, float]:
     'loss': totals['loss'] / max(read, 1),
   }
   return means | ({'unreadable': seen - read} if read < seen else {})
+
+
+def warm_up(
+  program: Program, state: TrainState, config: ConfigDict, data: Any
+) -> None:
+  """Compiles the evaluation while a signal to stop finds nothing to save."""
+  batch = shard(blank(config, data))
+  sums = program.eval_step(state.params, state.batch_stats, *batch, tell())
+  jax.block_until_ready(sums)

@@ -14,19 +14,22 @@ from ml_collections import ConfigDict
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.models.parameters import alphas, block_names
-from skipinit_jax.training import devices, processes, startup
+from skipinit_jax.training import devices, processes
 from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
-from skipinit_jax.training.config import check_config
-from skipinit_jax.training.evaluate import evaluate
+from skipinit_jax.training.checks import check_config
+from skipinit_jax.training.describe import describe
+from skipinit_jax.training.evaluate import evaluate, warm_up
 from skipinit_jax.training.feed import Feed
 from skipinit_jax.training.lock import hold_for_all
-from skipinit_jax.training.metrics import Reporter, read_evals
+from skipinit_jax.training.metrics import Reporter, read_evals, say
 from skipinit_jax.training.profile import Profiler
 from skipinit_jax.training.program import Program, make_program
 from skipinit_jax.training.result import take_result, write_result
+from skipinit_jax.training.resume import go_back, may_go_back, restore_or_create
 from skipinit_jax.training.signals import Stopped, StopRequest
 from skipinit_jax.training.timetable import Timetable, make_timetable
 from skipinit_jax.training.watchdog import Watchdog
+from skipinit_jax.training.workdir import open_workdir, record_changes
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
@@ -64,13 +67,13 @@ def _hold_and_train(
 ) -> dict:
   """The run, in a workdir that nobody else writes to meanwhile."""
   began = time.perf_counter()
-  startup.check_devices(config)
+  devices.check_devices(config)
   check_config(config, jax.device_count())
   data = open_dataset(config.data)
   program = make_program(config, data)
   times = make_timetable(config, data.train_size)
-  with hold_for_all(workdir, startup.say) as check_held:
-    changes = startup.open_workdir(workdir, config, times.total)
+  with hold_for_all(workdir, say) as check_held:
+    changes = open_workdir(workdir, config, times.total)
     result = take_result(workdir)
     if result is not None and not any(c['step'] == math.inf for c in changes):
       return result
@@ -106,12 +109,12 @@ def _make_steps(
   began: float,
 ) -> dict:
   """The steps that are left, and the result."""
-  startup.set_compilation_cache(config.compilation_cache)
+  devices.set_compilation_cache(config.compilation_cache)
 
   place = devices.replicate if data.input_axis is None else devices.shard
   with (
-    StopRequest(startup.say) as request,
-    Checkpoints(workdir, config, startup.say) as checkpoints,
+    StopRequest(say) as request,
+    Checkpoints(workdir, config, say) as checkpoints,
     contextlib.ExitStack() as at_end,
     contextlib.ExitStack() as open_inputs,
   ):
@@ -127,10 +130,8 @@ def _make_steps(
       check_held()
       return request.requested is not None
 
-    step, state = startup.restore_or_create(
-      program, config, data, checkpoints, changes
-    )
-    startup.record_changes(workdir, config, changes, step)
+    step, state = restore_or_create(program, config, data, checkpoints, changes)
+    record_changes(workdir, config, changes, step)
     blocks = block_names(state.params)
     reporter = Reporter(
       workdir,
@@ -144,10 +145,8 @@ def _make_steps(
       config.data.bad_share,
     )
     at_end.callback(reporter.close)
-    reporter.say(
-      startup.describe(config, program.model, data, state, times, workdir)
-    )
-    startup.warm_up(program, state, config, data)
+    reporter.say(describe(config, program.model, data, state, times, workdir))
+    warm_up(program, state, config, data)
     inputs = feed(step)
     profiler = Profiler(config, workdir)
     # Step of the last evaluation.
@@ -192,8 +191,8 @@ def _make_steps(
       watchdog.beat(step)
       if times.evaluates(step) or times.saves(step):
         reporter.flush()
-      if reporter.diverged and startup.may_go_back(state, config):
-        step, state = startup.go_back(state, program, config, data, checkpoints)
+      if reporter.diverged and may_go_back(state, config):
+        step, state = go_back(state, program, config, data, checkpoints)
         reporter.go_back(step)
         inputs = feed(step)
         seen = step
@@ -238,15 +237,15 @@ def evaluate_latest(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     InputError: a recipe that can't run, or a workdir without a checkpoint.
   """
   workdir = epath.Path(workdir)
-  startup.check_devices(config)
+  devices.check_devices(config)
   check_config(config, jax.device_count())
   if not (workdir / FOLDER).is_dir():
     raise InputError(f'{workdir} holds no checkpoint')
   data = open_dataset(config.data)
   program = make_program(config, data)
-  startup.set_compilation_cache(config.compilation_cache)
-  with Checkpoints(workdir, config, startup.say, read_only=True) as checkpoints:
+  devices.set_compilation_cache(config.compilation_cache)
+  with Checkpoints(workdir, config, say, read_only=True) as checkpoints:
     if not checkpoints.steps():
       raise InputError(f'{workdir} holds no checkpoint')
-    step, state = startup.restore_or_create(program, config, data, checkpoints)
+    step, state = restore_or_create(program, config, data, checkpoints)
   return {'step': step, **evaluate(program, state, config, data)}

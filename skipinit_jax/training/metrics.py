@@ -274,3 +274,8 @@ def read_evals(
     for line in Lines(workdir).read(until)
     if 'eval' in line
   ]
+
+
+def say(line: str) -> None:
+  """Prints a line to standard error, above a progress line if there is one."""
+  tqdm.tqdm.write(line, file=sys.stderr)

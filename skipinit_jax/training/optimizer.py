@@ -11,7 +11,7 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.models.methods import Method
 from skipinit_jax.models.parameters import decay_mask, param_labels
 from skipinit_jax.models.stages import STACKED
-from skipinit_jax.training.config import epochs_to_steps, peak_rate
+from skipinit_jax.training.timetable import epochs_to_steps
 
 CLASSIFIER = 'classifier'
 
@@ -129,3 +129,10 @@ def adaptive_clip(threshold: float) -> optax.GradientTransformation:
 
 def _all_but_kernels(params: Any) -> Any:
   return jax.tree.map(lambda label: label != 'kernel', param_labels(params))
+
+
+def peak_rate(config: ConfigDict) -> float:
+  """The recipe's learning rate, scaled with the batch where it says so."""
+  optimizer = config.optimizer
+  scale = config.batch_size / (optimizer.reference_batch or config.batch_size)
+  return optimizer.learning_rate * scale

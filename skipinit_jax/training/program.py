@@ -13,9 +13,14 @@ from ml_collections import ConfigDict
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training import step as steps
-from skipinit_jax.training.config import build_method, build_model
 from skipinit_jax.training.devices import map_over_devices
+from skipinit_jax.training.network import (
+  build_method,
+  build_model,
+  init_variables,
+)
 from skipinit_jax.training.optimizer import make_optimizer, make_schedule
+from skipinit_jax.training.step import TrainState, create_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,4 +127,21 @@ def _several(step, state, inputs, host, count, *, in_loop):
   metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   return jax.lax.fori_loop(
     0, count, lambda _, carry: step(carry[0], inputs, host), (state, metrics)
+  )
+
+
+def initial_state(
+  program: Program,
+  config: ConfigDict,
+  data: Any,
+  seed: jax.typing.ArrayLike,
+  rate: jax.typing.ArrayLike,
+) -> TrainState:
+  """The state before the first step; pure, for `jax.jit`."""
+  return create_state(
+    init_variables(program.model, data.image_shape, seed),
+    program.tx,
+    rate=rate,
+    seed=seed,
+    ema=config.ema_decay is not None,
   )

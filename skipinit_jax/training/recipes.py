@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.training.changes import flatten
-from skipinit_jax.training.config import check_types
+from skipinit_jax.training.checks import check_types
 
 
 def recipe_path(name: str) -> str:

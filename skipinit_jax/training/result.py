@@ -19,10 +19,16 @@ from skipinit_jax.training.lines import (
   is_number,
   write_json,
 )
-from skipinit_jax.training.metrics import Reporter, read_evals, read_metrics
-from skipinit_jax.training.startup import RESULT, say
+from skipinit_jax.training.metrics import (
+  Reporter,
+  read_evals,
+  read_metrics,
+  say,
+)
 from skipinit_jax.training.step import TrainState
 from skipinit_jax.version import __version__
+
+RESULT = 'result.json'
 
 STATUSES = ('completed', 'diverged')
 COUNTS = ('steps', 'parameters', 'eval_size')

@@ -15,9 +15,10 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training.changes import CONFIG, read_config
 from skipinit_jax.training.checkpoints import FOLDER, Checkpoints, saved_steps
-from skipinit_jax.training.config import default_config, peak_rate
-from skipinit_jax.training.program import make_program
-from skipinit_jax.training.startup import initial_state, say
+from skipinit_jax.training.config import default_config
+from skipinit_jax.training.metrics import say
+from skipinit_jax.training.optimizer import peak_rate
+from skipinit_jax.training.program import initial_state, make_program
 
 
 @dataclasses.dataclass(frozen=True)

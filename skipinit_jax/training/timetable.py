@@ -5,7 +5,9 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError
-from skipinit_jax.training.config import MOST, epochs_to_steps
+
+# Steps and images are counted in int32.
+MOST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,3 +87,8 @@ def make_timetable(config: ConfigDict, train_size: int) -> Timetable:
     per_epoch=train_size / config.batch_size,
     watch_every=config.watch_every_steps,
   )
+
+
+def epochs_to_steps(config: ConfigDict, epochs: float, train_size: int) -> int:
+  """Steps in so many epochs, rounded; the one place that converts."""
+  return round(epochs * train_size / config.batch_size)

@@ -1,0 +1,103 @@
+"""What a run says about its recipe."""
+
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from skipinit_jax import published
+from skipinit_jax.models.parameters import count_parameters
+from skipinit_jax.models.resnet import ResNet
+from skipinit_jax.training.network import build_method
+from skipinit_jax.training.optimizer import peak_rate
+from skipinit_jax.training.step import TrainState
+from skipinit_jax.training.timetable import Timetable
+
+LARGE_BATCH = 2048
+
+
+def loops(config: ConfigDict) -> list[str]:
+  """The fields that make a recipe's step compute its convolutions in a loop."""
+  named = {
+    'micro_batches': config.micro_batches > 1,
+    'steps_per_call': config.steps_per_call > 1,
+    'model.scan': config.model.scan,
+  }
+  return [field for field, loop in named.items() if loop]
+
+
+def less_memory(config: ConfigDict) -> str:
+  """What to try, in this order, where a recipe's step does not fit."""
+  remedies = []
+  group = config.model.statistics_group
+  if not build_method(config).normalize or group.isdecimal():
+    remedies.append(f'--config.micro_batches={2 * config.micro_batches}')
+  if not config.model.remat:
+    remedies.append('--config.model.remat=True')
+  remedies.append('a smaller --config.batch_size')
+  return f'first try {", then ".join(remedies)}'
+
+
+def describe(
+  config: ConfigDict,
+  model: ResNet,
+  data: Any,
+  state: TrainState,
+  times: Timetable,
+  workdir: epath.Path,
+) -> str:
+  """The lines that a run starts with."""
+  devices = jax.devices()
+  method = build_method(config)
+  name = config.model.method
+  if method.alpha is not None:
+    name += f' (alpha at {method.alpha_value(model.num_blocks):.4g})'
+  counts = count_parameters(state.params)
+  decay = config.optimizer.decay if config.optimizer.l2 else ()
+  start = int(state.step)
+  lines = [
+    f'workdir: {workdir}',
+    f'devices: {len(devices)} x {devices[0].device_kind} '
+    f'({devices[0].platform}), {model.dtype} computation',
+    f'data: {data.name}, {data.train_size:,} images to train on, '
+    f'{data.eval_size:,} to evaluate on, {data.num_classes} classes',
+    f'model: {config.model.name} of depth {config.model.depth}, '
+    f'{model.num_blocks} residual blocks, {name}',
+    'parameters: '
+    + ', '.join(
+      f'{label} {arrays} arrays of {elements:,}'
+      + (' (decays)' if label in decay else '')
+      for label, (arrays, elements) in counts.items()
+    ),
+    f'training: {times.total:,} steps of {config.batch_size} images, peak rate '
+    f'{peak_rate(config):.4g}' + (f', from step {start:,}' if start else ''),
+  ]
+  if devices[0].platform == 'cpu' and (fields := loops(config)):
+    lines.append(
+      f'note: {", ".join(fields)}: on a CPU a convolution inside a loop is 10 '
+      'to 40 times slower (jax issue 12868)'
+    )
+  if method.normalize:
+    lines.append(f'batch statistics over: {_group(config)}')
+  elif config.batch_size >= LARGE_BATCH:
+    lines.append(_large_batch_warning(config))
+  return '\n'.join(lines)
+
+
+def _group(config: ConfigDict) -> str:
+  group = config.model.statistics_group
+  share = config.batch_size // jax.device_count()
+  images = {'device': share, 'all': config.batch_size}.get(group, group)
+  return f'{images} images ({group})' if group.isalpha() else f'{group} images'
+
+
+def _large_batch_warning(config: ConfigDict) -> str:
+  losses = ', '.join(
+    f'{row} {points[256][0]} -> {points[4096][0]}'
+    for row, points in published.IMAGENET.items()
+  )
+  return (
+    f'note: batches of {config.batch_size} without normalization. Top-1 % on '
+    f'ImageNet from batch 256 to 4096 (De & Smith 2020, table 3): {losses}'
+  )

@@ -1,0 +1,72 @@
+"""The state that a run starts from, resumes from, or goes back to."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from skipinit_jax.training.changes import (
+  changes_rate,
+)
+from skipinit_jax.training.checkpoints import Checkpoints
+from skipinit_jax.training.devices import replicate
+from skipinit_jax.training.metrics import say
+from skipinit_jax.training.optimizer import peak_rate
+from skipinit_jax.training.program import Program, initial_state
+from skipinit_jax.training.step import TrainState
+
+
+def restore_or_create(
+  program: Program,
+  config: ConfigDict,
+  data: Any,
+  checkpoints: Checkpoints,
+  changes: Sequence[dict[str, Any]] = (),
+) -> tuple[int, TrainState]:
+  """The newest saved state and its step, or the one before the first step.
+
+  Seed and learning rate are part of the state. The seed is the config's; so is
+  the rate where it was changed since, whatever divergences had made of it.
+  """
+  create = functools.partial(initial_state, program, config, data)
+  start = np.uint32(config.seed), np.float32(peak_rate(config))
+  like = jax.eval_shape(create, *start)
+  step, state = checkpoints.restore_latest(like)
+  if state is not None:
+    state = state.replace(seed=replicate(start[0]))
+    if changes_rate(changes, step):
+      state = state.replace(rate=replicate(start[1]))
+    return step, state
+  # The program runs once; optimizing it takes longer than running it.
+  options = {}
+  if jax.default_backend() == 'cpu':
+    options = {'xla_backend_optimization_level': 0}
+  return 0, replicate(jax.jit(create, compiler_options=options)(*start))
+
+
+def may_go_back(state: TrainState, config: ConfigDict) -> bool:
+  """Whether a diverged run is to go on from its last checkpoint."""
+  limit = config.divergence_factor ** (config.divergence_limit - 0.5)
+  lowest = limit * peak_rate(config)
+  return config.on_divergence == 'back' and state.rate > lowest
+
+
+def go_back(
+  state: TrainState,
+  program: Program,
+  config: ConfigDict,
+  data: Any,
+  checkpoints: Checkpoints,
+) -> tuple[int, TrainState]:
+  """The last saved state, with a smaller learning rate than `state`."""
+  rate = np.float32(state.rate * config.divergence_factor)
+  diverged = int(state.step)
+  step, state = restore_or_create(program, config, data, checkpoints)
+  say(
+    f'diverged after step {diverged:,}; back to step {step:,} with the '
+    f'peak learning rate at {rate:.4g}'
+  )
+  return step, state.replace(rate=replicate(rate))
