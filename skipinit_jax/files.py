@@ -4,15 +4,18 @@ import errno
 import json
 import os
 import stat
+import sys
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from etils import epath
 
 from skipinit_jax.errors import RunError
 
-# A read that the system fails is tried so often, with a pause in seconds.
-TRIES, PAUSE = 3, 1.0
+T = TypeVar('T')
+
+PAUSES = (0.5, 2.0, 8.0)  # Seconds before a read that failed is tried again.
 # What a file system answers that can't bring the names in a folder to the disk.
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
@@ -59,7 +62,8 @@ def read_bytes(path: epath.PathLike) -> bytes | None:
     RunError: the system can't read it, also when tried again.
   """
   path = epath.Path(path)
-  for tries_left in reversed(range(TRIES)):
+
+  def read() -> bytes | None:
     try:
       if not _is_object(path):
         mode = os.stat(path).st_mode
@@ -72,11 +76,50 @@ def read_bytes(path: epath.PathLike) -> bytes | None:
         raise DamagedFile(path, 'it is a link that leads nowhere') from None
       return None
     except OSError as error:
-      if error.errno == errno.ELOOP or not tries_left:
-        reason = error.strerror or error
-        raise RunError(f'{path} can not be read: {reason}') from None
-      time.sleep(PAUSE)
-  raise AssertionError
+      if error.errno == errno.ELOOP:
+        raise RunError(f'{path} can not be read: {error.strerror}') from None
+      raise OSError(error.errno, error.strerror, str(path)) from None
+
+  return retry(read)
+
+
+def retry(
+  read: Callable[[], T],
+  pauses: Sequence[float] | None = None,
+  say: Callable[[str], None] | None = None,
+) -> T:
+  """Calls `read`, and again after each pause while it raises OSError.
+
+  Args:
+    read: what may fail for a while, as a network disk does.
+    pauses: in seconds; None: PAUSES.
+    say: called with a line before each pause; None: to standard error.
+
+  Raises:
+    RunError: it still can't be read; one line with the file and the reason.
+  """
+  pauses = PAUSES if pauses is None else pauses
+  for pause in pauses:
+    try:
+      return read()
+    except OSError as error:
+      line = f'{_describe(error)}; trying again in {pause:g} s'
+      if say:
+        say(line)
+      else:
+        print(line, file=sys.stderr)
+      time.sleep(pause)
+  try:
+    return read()
+  except OSError as error:
+    tries = len(pauses) + 1
+    raise RunError(f'{_describe(error)} (tried {tries} times)') from None
+
+
+def _describe(error: OSError) -> str:
+  reason = error.strerror or str(error) or type(error).__name__
+  name = f'{error.filename}: ' if error.filename else ''
+  return f'{name[-150:]}{reason[:100]}'
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from runs import listing
 
+from skipinit_jax import files
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.models.stages import stack_blocks, unstack_blocks
 from skipinit_jax.training import checkpoints
@@ -290,12 +291,12 @@ def break_reads(workdir, part):
 def test_a_read_that_fails_is_not_damage(copy, part, monkeypatch):
   break_reads(copy, part)
   before, pauses, said = listing(copy), [], []
-  monkeypatch.setattr(checkpoints.time, 'sleep', pauses.append)
+  monkeypatch.setattr(files.time, 'sleep', pauses.append)
   with pytest.raises(RunError) as error:
     restore(copy, said)
-  line = 'checkpoint of step 20 can not be read (Input/output error)'
-  assert str(error.value) == f'{line}; nothing is changed'
-  assert pauses == list(checkpoints.PAUSES)
+  line = 'checkpoint of step 20: Input/output error'
+  assert str(error.value) == f'{line} (tried 4 times)'
+  assert pauses == list(files.PAUSES)
   assert said == [f'{line}; trying again in {p:g} s' for p in pauses]
   assert listing(copy) == before
 
@@ -303,7 +304,7 @@ def test_a_read_that_fails_is_not_damage(copy, part, monkeypatch):
 @pytest.mark.parametrize('part', PARTS)
 def test_a_read_that_fails_once_is_tried_again(copy, part, monkeypatch):
   heal = break_reads(copy, part)
-  monkeypatch.setattr(checkpoints.time, 'sleep', lambda _: heal())
+  monkeypatch.setattr(files.time, 'sleep', lambda _: heal())
   said = []
   step, state = restore(copy, said)
   assert step == 20

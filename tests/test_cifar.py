@@ -7,7 +7,8 @@ import pytest
 from image_sets import encode, write_tfds
 from runs import metric_lines, run
 
-from skipinit_jax.data import open_dataset, reading
+from skipinit_jax import files
+from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import default_config
 
@@ -115,7 +116,7 @@ def test_a_damaged_file_of_pixels_is_set_aside_and_made_again(
 def test_a_disk_that_fails_is_no_damage(cifar, monkeypatch):
   folder, _ = cifar
   open_dataset(config_of(folder))
-  monkeypatch.setattr(reading, 'PAUSES', ())
+  monkeypatch.setattr(files, 'PAUSES', ())
 
   def fail(file):
     raise OSError(5, 'Input/output error')

@@ -65,7 +65,7 @@ def workdir(tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-  monkeypatch.setattr(files, 'PAUSE', 0.0)
+  monkeypatch.setattr(files, 'PAUSES', (0.0, 0.0))
 
 
 def take_up(workdir, config=None, step=6):
@@ -404,7 +404,7 @@ def test_trouble_of_the_system_is_no_damage(name, number, workdir, monkeypatch):
   most = 1000
   with pytest.raises(RunError) as error:
     take_up(workdir)
-  assert str(error.value) == f'{path} can not be read: {os.strerror(number)}'
+  assert str(error.value) == f'{path}: {os.strerror(number)} (tried 3 times)'
   assert sorted(p.name for p in workdir.iterdir()) == before
 
 

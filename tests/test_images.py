@@ -24,6 +24,7 @@ pytest.importorskip('cv2')
 pytest.importorskip('simplejpeg')
 pytest.importorskip('tensorflow_datasets')
 
+from skipinit_jax import files
 from skipinit_jax.data import reading
 from skipinit_jax.data.__main__ import main
 from skipinit_jax.data.extras import require
@@ -466,7 +467,7 @@ def test_what_is_no_file_is_named_and_counted_as_broken(
 
 @pytest.fixture
 def no_pauses(monkeypatch):
-  monkeypatch.setattr(reading, 'PAUSES', (0.0, 0.0))
+  monkeypatch.setattr(files, 'PAUSES', (0.0, 0.0))
 
 
 class Failing(Numbered):
@@ -538,10 +539,10 @@ def test_an_error_in_mid_read_names_the_file(tmp_path):
 
 def test_the_waits_between_tries_grow(monkeypatch):
   slept = []
-  monkeypatch.setattr(reading.time, 'sleep', slept.append)
+  monkeypatch.setattr(files.time, 'sleep', slept.append)
   with pytest.raises(RunError, match='tried 4 times'):
-    reading.again(lambda: Failing(1, {0: 99})[0])
-  assert slept == list(reading.PAUSES)
+    files.retry(lambda: Failing(1, {0: 99})[0])
+  assert slept == list(files.PAUSES)
   assert slept == sorted(set(slept))
 
 

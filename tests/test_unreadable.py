@@ -13,7 +13,7 @@ grain = pytest.importorskip('grain')
 pytest.importorskip('cv2')
 pytest.importorskip('simplejpeg')
 
-from skipinit_jax.data import reading  # noqa: E402
+from skipinit_jax import files  # noqa: E402
 from skipinit_jax.data.images import Images  # noqa: E402
 from skipinit_jax.data.records import FolderRecords  # noqa: E402
 from skipinit_jax.errors import InputError, RunError  # noqa: E402
@@ -70,7 +70,7 @@ def recipe(folder, **fields):
 @pytest.fixture
 def fail(monkeypatch):
   """Makes one image fail from the n-th time on that a run reads it."""
-  monkeypatch.setattr(reading, 'PAUSES', (0.0,))
+  monkeypatch.setattr(files, 'PAUSES', (0.0,))
   read = FolderRecords.__getitem__
   failing = {}
 

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from skipinit_jax.data import imagenet
 from skipinit_jax.data.decode import DecodeError, decode
-from skipinit_jax.data.reading import Unreadable, again
+from skipinit_jax.data.reading import Unreadable
 from skipinit_jax.data.records import Record, check_label, open_source
 from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.files import retry
 
 CHUNK = 256  # Records that a process checks at a time.
 
@@ -110,7 +111,7 @@ class Split:
     for index in range(first, min(first + CHUNK, len(self.records))):
       found.records += 1
       try:
-        record = again(lambda index=index: self.records[index], self.pauses)
+        record = retry(lambda index=index: self.records[index], self.pauses)
       except Unreadable as error:
         found.broken.append((error.name, error.reason))
         continue

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from skipinit_jax.data.crops import CentralCrop, Crop, RandomCrop, mirror, read
 from skipinit_jax.data.decode import DecodeError
 from skipinit_jax.data.extras import require
-from skipinit_jax.data.reading import Unreadable, again
+from skipinit_jax.data.reading import Unreadable
 from skipinit_jax.data.records import (
   Records,
   Source,
@@ -21,6 +21,7 @@ from skipinit_jax.data.records import (
   spread,
 )
 from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.files import retry
 
 NEIGHBOURS = 100  # So many records are tried in place of a broken one.
 MOST_ASPECT = 100  # Width by height of a random crop.
@@ -196,7 +197,7 @@ class _Batch:
   ) -> tuple[str, str] | None:
     """Fills a row, or returns the name of a broken record and the reason."""
     try:
-      record = again(lambda: records[index])
+      record = retry(lambda: records[index])
       check_label(record, num_classes)
       read(record.data, crop, self.image[row])
     except Unreadable as error:
@@ -362,7 +363,7 @@ def _open(source: Source, split: str, size: int) -> Records:
     )
   for index in spread(len(records), SAMPLED):
     try:
-      record = again(lambda index=index: records[index])
+      record = retry(lambda index=index: records[index])
       check_label(record, len(source.classes))
     except Unreadable:
       continue  # Training counts and names it.

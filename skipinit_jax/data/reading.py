@@ -7,22 +7,12 @@ Two things keep an image from being read, and they are treated apart:
   `Unreadable`: it is named, counted and replaced.
 - The system is at fault: every other OSError, such as EIO, ESTALE, EMFILE,
   EACCES, or ENOENT of a file that was listed. The read is tried again after a
-  pause, and at last it ends the run: `RunError`.
+  pause, see `files.retry`, and at last it ends the run: `RunError`.
 """
 
 import errno
 import os
 import stat
-import sys
-import time
-from collections.abc import Callable
-from typing import TypeVar
-
-from skipinit_jax.errors import RunError
-
-T = TypeVar('T')
-
-PAUSES = (0.5, 2.0, 8.0)  # Seconds before a read that failed is tried again.
 
 _KINDS = {
   stat.S_IFDIR: 'a folder',
@@ -77,34 +67,3 @@ def _irregular(path: str) -> str | None:
   except OSError as error:
     nowhere = error.errno in _NOWHERE and os.path.islink(path)
     return 'a link that leads nowhere' if nowhere else None
-
-
-def again(read: Callable[[], T], pauses: tuple[float, ...] | None = None) -> T:
-  """Calls `read`, and again after each pause while it raises OSError.
-
-  Args:
-    read: without arguments.
-    pauses: in seconds; None: PAUSES.
-
-  Raises:
-    RunError: it still can't be read; one line with the file and the reason.
-  """
-  pauses = PAUSES if pauses is None else pauses
-  for pause in pauses:
-    try:
-      return read()
-    except OSError as error:
-      print(f'{_one_line(error)}; trying again in {pause:g} s', file=sys.stderr)
-      time.sleep(pause)
-  try:
-    return read()
-  except OSError as error:
-    raise RunError(
-      f'{_one_line(error)} (tried {len(pauses) + 1} times)'
-    ) from None
-
-
-def _one_line(error: OSError) -> str:
-  reason = error.strerror or str(error) or type(error).__name__
-  name = f'{error.filename}: ' if error.filename else ''
-  return f'{name[-150:]}{reason[:100]}'

@@ -13,8 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from skipinit_jax.data.extras import require
-from skipinit_jax.data.reading import Unreadable, again, read_image
+from skipinit_jax.data.reading import Unreadable, read_image
 from skipinit_jax.errors import InputError, RunError, unknown
+from skipinit_jax.files import retry
 
 INFO = 'dataset_info.json'
 SUFFIXES = ('.jpeg', '.jpg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff')
@@ -285,7 +286,7 @@ def _check_files(split) -> None:
     if not os.path.exists(path):
       raise InputError(f'{path} is missing; prepare the data set again')
     # The reader takes a file that it can't open for one without records.
-    again(lambda path=path: Path(path).open('rb').close())
+    retry(lambda path=path: Path(path).open('rb').close())
     try:
       file = reader(os.fspath(path))
       found = file.num_records()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.data.decode import DecodeError, decode
-from skipinit_jax.data.reading import Unreadable, again
+from skipinit_jax.data.reading import Unreadable
 from skipinit_jax.data.records import (
   Source,
   check_label,
@@ -24,7 +24,7 @@ from skipinit_jax.data.records import (
 )
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.errors import InputError
-from skipinit_jax.files import commit
+from skipinit_jax.files import commit, retry
 
 # Of synthetic images: the most of each, and bytes in all.
 SIZES = {
@@ -75,12 +75,12 @@ def _decoded(
   records = source.open(split)
   folder = find_prepared(config.name, local_path(config.dir))
   cache = folder / f'decoded-{split}-{len(records)}.npz'
-  if cache.exists() and (arrays := again(lambda: _kept(cache))):
+  if cache.exists() and (arrays := retry(lambda: _kept(cache))):
     return arrays
   images, labels = [], []
   for i in tqdm(range(len(records)), f'{config.name} {split}', disable=None):
     try:
-      record = again(lambda i=i: records[i])
+      record = retry(lambda i=i: records[i])
       images.append(decode(record.data).pixels.copy())
     except Unreadable as error:
       raise InputError(

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from skipinit_jax.errors import InputError, RunError
-from skipinit_jax.files import DamagedFile
+from skipinit_jax.files import DamagedFile, retry
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
 from skipinit_jax.training.changes import FREE, flatten, read_config
 from skipinit_jax.training.devices import replicate
@@ -28,7 +27,6 @@ from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.step import TrainState
 
 FOLDER = 'checkpoints'
-PAUSES = (1.0, 2.0)  # In seconds, before a read is tried again.
 # Errors that tell of what is in a folder, not of trouble with reading it.
 CONTENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
@@ -186,26 +184,22 @@ class Checkpoints:
       Damaged: it can be read, but not as it was written.
       RunError: it can't be read for now.
     """
-    pauses, failed = list(PAUSES), False
-    while True:
+
+    def attempt() -> tuple[TrainState, dict[str, Any]]:
       try:
-        state, check = self._restore(step, like)
-        break
+        return self._restore(step, like)
       except InputError:
         raise
       except Exception as error:  # Orbax raises bare exceptions here.
-        trouble = of_system(error) or self._unreadable(step)
-        line = _first_line(error)
-      if not trouble and failed:  # Twice, with nothing wrong in between.
-        raise Damaged(step, line)
-      if not trouble:
-        failed = True
-        continue
-      line = f'checkpoint of step {step} can not be read ({trouble})'
-      if not pauses:
-        raise RunError(f'{line}; nothing is changed')
-      self._say(f'{line}; trying again in {pauses[0]:g} s')
-      time.sleep(pauses.pop(0))
+        if trouble := of_system(error) or self._unreadable(step):
+          name = f'checkpoint of step {step}'
+          raise OSError(errno.EIO, trouble, name) from None
+        raise Damaged(step, _first_line(error)) from None
+
+    try:
+      state, check = retry(attempt, say=self._say)
+    except Damaged:  # Or it was trouble that passed before a reason was found.
+      state, check = retry(attempt, say=self._say)
     self._check_origin(step, check)
     return replicate(state)
 
