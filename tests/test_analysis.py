@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from skipinit_jax.analysis import __main__ as cli
-from skipinit_jax.analysis import along, networks
+from skipinit_jax.analysis import along_training, networks
 from skipinit_jax.analysis.capture import capture
 from skipinit_jax.errors import InputError
 from skipinit_jax.training import train
@@ -90,7 +90,8 @@ def watched(tmp_path_factory):
 
 
 def test_along_training_are_the_sums_of_shares_and_the_eigenvalues(watched):
-  found = along.measure({'skipinit': watched}, images=16, steps=6)['skipinit']
+  measured = along_training.measure({'skipinit': watched}, images=16, steps=6)
+  found = measured['skipinit']
   lines = [x for x in read_metrics(watched) if 'branch_share' in x]
   # Steps 0, 10, 20, 30, 40 and 45, the last.
   assert found['epoch'].tolist() == [x['epoch'] for x in lines]
@@ -135,4 +136,4 @@ def test_a_step_of_a_run_can_be_named(watched, tmp_path, capsys):
 def test_a_run_that_did_not_watch_is_told_how_to(tmp_path):
   train(set_fields(load_recipe('digits'), TINY), tmp_path)
   with pytest.raises(InputError, match=r'--config\.watch_every_steps=N'):
-    along.measure({'skipinit': tmp_path})
+    along_training.measure({'skipinit': tmp_path})

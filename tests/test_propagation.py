@@ -25,6 +25,7 @@ from skipinit_jax.models import (
   Join,
   ResNet,
   SkipInit,
+  SkipInitDense,
   WideResNet,
   stack_blocks,
 )
@@ -323,6 +324,27 @@ def test_any_modules_of_any_network_by_a_pattern():
   at_join = capture(model, variables, x, train=None)
   assert [*at_join['name']] == ['sum']
   assert at_join['alpha'] == [0.5]
+
+
+class TwoBranches(nn.Module):
+  """Two joins in one module, each with a folded scalar."""
+
+  @nn.compact
+  def __call__(self, x):
+    for i in (1, 2):
+      branch = SkipInitDense(4, init_value=0.5 * i, name=f'branch{i}')(x)
+      x = Join(name=f'join{i}')(x, branch)
+    return x
+
+
+def test_one_of_several_scalars_is_not_taken_for_that_of_a_branch():
+  model, x = TwoBranches(), normal((5, 4))
+  variables = model.init(jax.random.key(0), x)
+  captured = capture(model, variables, x, train=None)
+  assert [*captured['name']] == ['join1', 'join2']
+  assert np.isnan(captured['alpha']).all()
+  assert np.isnan(captured['unscaled_variance']).all()
+  assert (captured['branch_variance'] > 0).all()
 
 
 def test_what_can_not_be_captured_is_one_line():

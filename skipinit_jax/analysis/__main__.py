@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from skipinit_jax import cli
 from skipinit_jax.analysis import (
-  along,
+  along_training,
   curvature,
   lesions,
   networks,
@@ -188,8 +188,8 @@ def of_training(config: ConfigDict, checkpoint: Path | None, out: Path):
     workdirs = {name: out / 'runs' / name for name in METHODS}
     for name, each in _each(config, METHODS):
       train(each, workdirs[name])
-  measured = along.measure(workdirs)
-  return measured, along.draw(measured, out)
+  measured = along_training.measure(workdirs)
+  return measured, along_training.draw(measured, out)
 
 
 def of_lesions(config: ConfigDict, checkpoint: Path | None, out: Path):

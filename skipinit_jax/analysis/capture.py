@@ -59,8 +59,10 @@ def capture(
     and, without a pattern,
       skip_variance, skip_squared_mean, branch_variance, branch_squared_mean: of
         the two paths, the branch after its scalar;
-      alpha: the branch's scalar, 1 where there is none;
-      unscaled_variance: of the branch before its scalar; NaN where alpha is 0;
+      alpha: the branch's scalar, 1 where there is none, NaN where the module of
+        the join has several;
+      unscaled_variance: of the branch before its scalar; NaN where alpha is 0
+        or NaN;
       share: the branch's second moment over the sum of both paths'. Without
         correlation between them, as theory has it, and a gain, that is
         Var(branch) / Var(output); unlike this, it can't leave [0, 1]. NaN

@@ -115,5 +115,6 @@ def _of_join(
     for layer in block.values()
     if isinstance(layer, Mapping) and 'alpha' in layer
   ]
-  alpha = scalars[0] if len(scalars) == 1 else 1.0
+  # Which of several scales this branch can not be told.
+  alpha = jnp.nan if len(scalars) > 1 else [*scalars, 1.0][0]
   return {**values, 'alpha': jnp.asarray(alpha)}

@@ -46,12 +46,12 @@ def measure(
     InputError: a folder without a run, or one that did not watch.
   """
   return {
-    name: {**looks(workdir), **sharpness(workdir, images, steps)}
+    name: {**effective_depths(workdir), **eigenvalues(workdir, images, steps)}
     for name, workdir in workdirs.items()
   }
 
 
-def looks(workdir: Path) -> dict[str, np.ndarray]:
+def effective_depths(workdir: Path) -> dict[str, np.ndarray]:
   """The effective depths that a run has watched, see `measure`."""
   lines = [x for x in read_metrics(workdir) if 'branch_share' in x]
   if not lines:
@@ -70,7 +70,9 @@ def looks(workdir: Path) -> dict[str, np.ndarray]:
   }
 
 
-def sharpness(workdir: Path, images: int, steps: int) -> dict[str, np.ndarray]:
+def eigenvalues(
+  workdir: Path, images: int, steps: int
+) -> dict[str, np.ndarray]:
   """The largest eigenvalue at every checkpoint of a run, see `measure`."""
   rows, loss = [], None
   for step in saved_steps(workdir):
