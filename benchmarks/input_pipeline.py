@@ -8,7 +8,7 @@ Every contender is a process of its own that lives through the whole run; in
 each round all are asked for the same number of images, one after the other,
 while the rest are idle. Images made ahead of time are thrown away before the
 clock starts. CPU time and memory are those of the contender and of its workers.
-Writes OUT.md (the table) and OUT.json (every round).
+Writes OUT.json (every round) and prints a table.
 
 tf.data takes part where TensorFlow is installed.
 """
@@ -395,7 +395,6 @@ def main() -> None:
   report |= {'machine': machine(), 'versions': versions()}
   args.out.parent.mkdir(parents=True, exist_ok=True)
   args.out.with_suffix('.json').write_text(json.dumps(report, indent=2) + '\n')
-  args.out.with_suffix('.md').write_text(table(report))
   print(table(report))
 
 

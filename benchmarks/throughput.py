@@ -7,8 +7,9 @@ Every measurement is a process of its own, so that each has the whole device; in
 each round all networks take their turn. A first round fills the compilation
 cache and is thrown away. Steps are the real, pmapped ones, on images that lie
 on the device. The host's share is the time that a call takes to return while
-the device has nothing else to do. Writes OUT.md (medians, the least and the
-most) and OUT.json (every round). PyTorch takes part where torch is installed.
+the device has nothing else to do. Writes OUT.json (every round) and prints a
+table (medians, the least and the most). PyTorch takes part where torch is
+installed.
 
 Peak memory is the device allocator's; on a CPU, the resident memory of the
 whole process.
@@ -322,7 +323,6 @@ def main() -> None:
   report['cases'] = run(cases, report['platform'], args.rounds, args.seconds)
   text = json.dumps(report, indent=1) + '\n'
   args.out.with_suffix('.json').write_text(text)
-  args.out.with_suffix('.md').write_text(table(report['cases']))
   print(table(report['cases']))
 
 

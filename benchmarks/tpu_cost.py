@@ -4,8 +4,8 @@
 
 Compiles one step per network for v5e:2x2 with the TPU compiler (`pip install
 libtpu`; no chip is needed, a minute or two each), 128 images of 224x224 a chip,
-bfloat16, float32 parameters, SGD with Nesterov momentum. Writes OUT.md and
-OUT.json: what each costs relative to the network of Flax's own ImageNet
+bfloat16, float32 parameters, SGD with Nesterov momentum. Writes OUT.json and
+prints a table: the cost of each relative to the network of Flax's ImageNet
 example, in the compiler's bytes accessed, bytes to and from HBM (see
 `skipinit_jax.ahead_of_time.hlo`) and activations.
 """
@@ -105,7 +105,6 @@ def main() -> None:
     print(f'{name}: compiled in {seconds:.0f} s', flush=True)
     text = json.dumps(report, indent=1) + '\n'
     args.out.with_suffix('.json').write_text(text)
-  args.out.with_suffix('.md').write_text(table(report['rows']))
   print(table(report['rows']))
 
 

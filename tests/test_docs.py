@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import urllib.parse
 
 import pytest
@@ -26,6 +27,10 @@ from skipinit_jax.training.recipes import parse_overrides
 
 PAGES = sorted(ROOT.glob('docs/*.md'))
 TEXTS = [*PAGES, ROOT / 'README.md']
+# Its commands run in test_contributing.py.
+CONTRIBUTING = ROOT / 'CONTRIBUTING.md'
+PYPROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+SCRIPTS = PYPROJECT['project']['scripts']
 
 
 def blocks(path, language):
@@ -63,6 +68,8 @@ def commands(path):
         rest = rest[: next(ends, len(rest))]
         if word == 'train.py' or word.startswith('launch/'):
           assert (ROOT / word).exists(), word
+          yield 'skipinit_jax.training', rest
+        elif i == 0 and word in SCRIPTS:
           yield 'skipinit_jax.training', rest
         elif word == '-m' and '.' in rest[0]:
           yield rest[0], rest[1:]
@@ -157,7 +164,7 @@ def without_code(path):
   return re.sub(r'`[^`\n]*`', 'code', text)
 
 
-@pytest.mark.parametrize('page', TEXTS, ids=name)
+@pytest.mark.parametrize('page', [*TEXTS, CONTRIBUTING], ids=name)
 def test_links_between_files_lead_somewhere(page):
   links = re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', without_code(page))
   for link in (a or b for a, b in links):
@@ -171,6 +178,18 @@ def test_links_between_files_lead_somewhere(page):
       text = re.sub(r'^```.*?^```', '', target.read_text(), flags=re.S | re.M)
       headings = re.findall(r'^#+ (.+)$', text, re.M)
       assert anchor in map(slug, headings), link
+
+
+def test_promises_name_tests_that_exist():
+  named = re.findall(
+    r'\btest_\w+(?:\.py)?', (ROOT / 'docs/runs.md').read_text()
+  )
+  files = [name for name in named if name.endswith('.py')]
+  texts = [(ROOT / 'tests' / file).read_text() for file in set(files)]
+  tests = set(named) - set(files)
+  assert len(tests) > 5
+  for test in tests:
+    assert any(f'def {test}(' in text for text in texts), test
 
 
 @pytest.fixture(scope='module')
