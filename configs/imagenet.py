@@ -5,39 +5,32 @@
   python train.py --config=configs/imagenet.py:regularized_skipinit,batch=1024 \
     --config.data.dir=DATA
 
-After the colon: a row, and the batch size (256 if left out; the paper has 256,
-1024 and 4096). Published top-1 % at these three:
-
-  batchnorm             75.0  74.9  74.9
-  fixup                 74.8  74.6  73.0
-  skipinit              74.9  74.6  70.8   (SkipInit + Biases)
-  fixup_dropout         75.8  75.6  74.8
-  regularized_skipinit  75.6  75.5  72.7   (SkipInit + Biases + Dropout)
-  batchnorm_dropout     not published: the control for the two rows above
+After the colon: a row of ROWS, and the batch size (default: 256; the paper has
+256, 1024 and 4096). Machine, time and result: not measured. Published figures:
+IMAGENET in skipinit_jax/published.py. `batchnorm_dropout` was not published; it
+is the control for `fixup_dropout` and `regularized_skipinit`.
 
 Not read in the paper itself, but as commonly cited: 90 epochs, 5 of warm-up and
 then cosine, momentum 0.9, L2 1e-4, 224-pixel crops. Our choices: a learning
 rate of 0.1 per 256 images where the paper tuned each row, L2 on kernels only,
-Dropout 0.25, no label smoothing, ghost batches of 64, SkipInit at 0. No
-averages of the parameters (`ema_decay`). Time and accuracy of this recipe: not
-measured.
+Dropout 0.25, no label smoothing, ghost batches of 64, alpha at 0, no averages
+of the parameters (`ema_decay`).
 
-Whose Fixup: both rows, `fixup` and `fixup_dropout`, follow the code that the
-paper's group published later (DeepMind's `nfnets`, 2021), the nearest to table
-3 that there is: one learning rate for all parameters, no L2 on the scalars and
-biases, Dropout on the pooled features before the last scalar bias.
-The authors of Fixup give the scalars and all biases a tenth of the rate, decay
-them too and have no Dropout: `optimizer.reduced_rate=True` is the first. In
-`nfnets` a block without projection adds its first bias to the skip path too;
-here it does not, as in the code of Fixup's authors (the block's last bias can
-make up for it).
+Which Fixup: `fixup` and `fixup_dropout` follow the code that the paper's group
+published later (DeepMind's `nfnets`, 2021), the closest there is to table 3:
+one learning rate for all parameters, no L2 on scalars and biases, Dropout on
+the pooled features before the last scalar bias. Fixup's authors give the
+scalars and all biases a tenth of the rate (`optimizer.reduced_rate=True`),
+decay them too and have no Dropout. In `nfnets` a block without projection adds
+its first bias to the skip path too; here, as in the code of Fixup's authors, it
+does not (the block's last bias can make up for it).
 
-Elsewhere `nfnets` differs from this recipe, in all of its rows: the classifier
-starts at zero (here in Fixup's rows only; `model.classifier_init='zero'`),
-momentum is Nesterov's (`optimizer.nesterov`), labels are smoothed by 0.1
-(`label_smoothing`), convolutions start as Haiku's do where Fixup does not say
-otherwise (a truncated normal of 1/sqrt(fan_in); here He's), and the networks
-without normalization have stochastic depth, 0.1 by default (here none).
+In all rows, `nfnets` differs from this recipe as follows: the classifier starts
+at zero (here in Fixup's rows only; `model.classifier_init='zero'`), momentum is
+Nesterov's (`optimizer.nesterov`), labels are smoothed by 0.1
+(`label_smoothing`), convolutions start as in Haiku unless Fixup says otherwise
+(a truncated normal of 1/sqrt(fan_in); here He's), and the networks without
+normalization have stochastic depth, 0.1 by default (here none).
 """
 
 from ml_collections import ConfigDict

@@ -52,9 +52,12 @@ def test_recipe_loads_and_its_network_builds(path):
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
-def test_recipe_says_what_it_is(path):
+def test_recipe_gives_its_command_and_what_was_measured(path):
   docstring = ast.get_docstring(ast.parse(path.read_text()))
   assert docstring.splitlines()[0].endswith('.')
+  assert f'python train.py --config=configs/{path.name}' in docstring
+  assert 'Machine' in docstring
+  assert 'Result: ' in docstring or 'result: not measured' in docstring
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
