@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
+from matplotlib.axes import Axes
 
 from benchmarks import peers
 from benchmarks.throughput import describe, our_step
-from skipinit_jax import cli
+from skipinit_jax import cli, plotting
 from skipinit_jax.ahead_of_time.chips import GIB, topology
 from skipinit_jax.ahead_of_time.measure import measure
-from skipinit_jax.styles import STYLES
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.result import versions
+from skipinit_jax.variants import BLUE, GREEN, ORANGE, SKY
 
 TOPOLOGY = 'v5e:2x2'
 # Form -> (method, scan, remat), depths.
@@ -39,7 +41,14 @@ COMPILED = {
     (16, 100, 304, 1000, 3010, 10_000),
   ),
 }
-METHODS = ('skipinit', 'batchnorm')
+METHODS = {'skipinit': 'SkipInit', 'batchnorm': 'batch normalization'}
+# Form -> label, color, marker and dashes.
+FORMS = {
+  'batchnorm, scan': ('batch normalization, scanned', ORANGE, 's', '--'),
+  'unrolled': ('SkipInit, unrolled', SKY, '^', '-.'),
+  'scan': ('SkipInit, scanned', BLUE, 'o', '-'),
+  'scan, remat': ('SkipInit, scanned, recomputed', GREEN, 'D', ':'),
+}
 DEPTHS = (16, 40, 100, 160)  # At batch 32.
 BATCHES = (1, 8, 64, 256, 1024)  # At depth 16.
 
@@ -99,89 +108,67 @@ def run(rounds: int) -> dict[str, Any]:
   return report
 
 
+@plotting.style()
 def draw(report: dict[str, Any], path: Path) -> None:
-  from matplotlib.figure import Figure
-  from matplotlib.ticker import LogLocator
-
-  figure = Figure(figsize=(10.5, 4.1), layout='constrained')
-  memory, depth, batch = figure.subplots(1, 3)
-  labels = {
-    'batchnorm, scan': 'batch normalization, scanned',
-    'unrolled': 'SkipInit, unrolled',
-    'scan': 'SkipInit, scanned',
-    'scan, remat': 'SkipInit, scanned, recomputed',
-  }
-  styles = {
-    'batchnorm, scan': STYLES['batchnorm'],
-    'unrolled': ('#56B4E9', '^', '-.'),
-    'scan': STYLES['skipinit'],
-    'scan, remat': ('#009E73', 'D', ':'),
-  }
-  for form, label in labels.items():
-    points = [p for p in report['compiled'] if p['form'] == form and p['fits']]
-    xs = [p['depth'] for p in points]
-    ys = [p['activation_bytes'] / GIB for p in points]
-    plot(memory, xs, ys, styles[form], label)
-  capacity = report['compiled'][0]['hbm_capacity_bytes'] / GIB
-  memory.axhline(capacity, color='0.6', linewidth=1, zorder=0)
-  memory.text(16, 0.9 * capacity, "the chip's memory", va='top', color='0.4')
-  memory.set(
-    ylabel='activations (GiB a chip)',
-    title='n-2 Wide-ResNets, 128 images on a\nv5e chip, by the TPU compiler',
+  figure, (memory, depth, batch) = plotting.new_figure(
+    1, 3, width=10.5, height=4.1
   )
-  for axes, axis, fixed in (
-    (depth, 'depth', ('batch_size', 32)),
-    (batch, 'batch_size', ('depth', 16)),
-  ):
-    for method in METHODS:
-      points = [
-        p
-        for p in report['timed']
-        if p['method'] == method and p[fixed[0]] == fixed[1]
-      ]
-      points.sort(key=lambda p: p[axis])
-      rates = [p['images_per_second'] for p in points]
-      ys = [statistics.median(r) for r in rates]
-      bars = [
-        [y - min(r) for y, r in zip(ys, rates, strict=True)],
-        [max(r) - y for y, r in zip(ys, rates, strict=True)],
-      ]
-      label = {'skipinit': 'SkipInit', 'batchnorm': 'batch normalization'}
-      xs = [p[axis] for p in points]
-      plot(axes, xs, ys, STYLES[method], label[method], bars)
-    axes.set(ylabel='images a second')
+  draw_memory(memory, report['compiled'])
+  timed = report['timed']
+  draw_rates(depth, [p for p in timed if p['batch_size'] == 32], 'depth')
   depth.set_title('digits, batch 32, on 2 CPU cores')
+  draw_rates(batch, [p for p in timed if p['depth'] == 16], 'batch_size')
   batch.set_title('digits, depth 16, on 2 CPU cores')
   for axes, name, ticks in (
     (memory, 'depth (layers)', (16, 100, 1000, 10_000)),
     (depth, 'depth (layers)', DEPTHS),
     (batch, 'batch (images)', BATCHES),
   ):
-    axes.set(xscale='log', yscale='log', xlabel=name)
+    plotting.log_axis(axes, 'x')
+    plotting.log_axis(axes, 'y')
     axes.set_xticks(ticks, [f'{tick:,}' for tick in ticks])
-    axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes.yaxis.set_major_formatter(lambda value, _: f'{value:,g}')
-    axes.yaxis.set_minor_formatter(lambda value, _: '')
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(
-      frameon=False, loc='upper center', bbox_to_anchor=(0.5, -0.2), fontsize=9
-    )
+    axes.set_xlabel(name)
+    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.2))
   figure.savefig(path, dpi=120)
 
 
-def plot(axes, xs, ys, style, label, bars=None) -> None:
-  color, marker, dashes = style
-  axes.errorbar(
-    xs,
-    ys,
-    bars,
-    color=color,
-    marker=marker,
-    linestyle=dashes,
-    label=label,
-    capsize=2,
+def draw_memory(axes: Axes, points: list[dict[str, Any]]) -> None:
+  """A step's activations against the depth, by form."""
+  for form, (label, color, marker, dashes) in FORMS.items():
+    shown = [p for p in points if p['form'] == form and p['fits']]
+    axes.plot(
+      [p['depth'] for p in shown],
+      [p['activation_bytes'] / GIB for p in shown],
+      color=color,
+      marker=marker,
+      linestyle=dashes,
+      label=label,
+    )
+  capacity = points[0]['hbm_capacity_bytes'] / GIB
+  axes.axhline(capacity, color='0.6', linewidth=1, zorder=0)
+  axes.text(16, 0.9 * capacity, "the chip's memory", va='top', color='0.4')
+  axes.set_ylabel('activations (GiB a chip)')
+  axes.set_title(
+    'n-2 Wide-ResNets, 128 images on a\nv5e chip, by the TPU compiler'
   )
+
+
+def draw_rates(axes: Axes, points: list[dict[str, Any]], along: str) -> None:
+  """Images a second against a field, by method: median and range."""
+  for method, label in METHODS.items():
+    shown = [p for p in points if p['method'] == method]
+    shown.sort(key=lambda p: p[along])
+    rates = [p['images_per_second'] for p in shown]
+    middle = np.array([statistics.median(r) for r in rates])
+    axes.errorbar(
+      [p[along] for p in shown],
+      middle,
+      [middle - [min(r) for r in rates], [max(r) for r in rates] - middle],
+      capsize=2,
+      label=label,
+      **plotting.marked_style(method),
+    )
+  axes.set_ylabel('images a second')
 
 
 def main() -> None:

@@ -37,20 +37,13 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.training.config import default_config
+from skipinit_jax.variants import VARIANTS
 
-BATCHNORM = {'model.method': 'batchnorm'}
-# One rate for all, as in DeepMind's code; Fixup's authors reduce some.
-FIXUP = {'model.method': 'fixup', 'optimizer.reduced_rate': False}
-SKIPINIT = {'model.method': 'skipinit', 'model.biases': True}
-DROPOUT = {'model.dropout': 0.25}
-# Row -> the fields that make it.
+# Row -> the fields that make it, which the study `imagenet` sets too.
 ROWS = {
-  'batchnorm': BATCHNORM,
-  'fixup': FIXUP,
-  'skipinit': SKIPINIT,
-  'fixup_dropout': FIXUP | DROPOUT,
-  'regularized_skipinit': SKIPINIT | DROPOUT,
-  'batchnorm_dropout': BATCHNORM | DROPOUT,
+  key.removeprefix('imagenet:'): variant.fields
+  for key, variant in VARIANTS.items()
+  if key.startswith('imagenet:')
 }
 
 

@@ -35,23 +35,21 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from skipinit_jax import Join, SkipInitDense
+from skipinit_jax import Join, SkipInitDense, plotting
 from skipinit_jax.models.stages import Stage
-from skipinit_jax.styles import RC, STYLES
 from skipinit_jax.training.result import versions
 
+# Kind -> label, and the variant in whose style it is drawn.
 KINDS = {
-  'postnorm': ('post-norm', STYLES['batchnorm']),
-  'prenorm': ('pre-norm', STYLES['fixup']),
-  'skipinit': ('SkipInit 0', STYLES['skipinit']),
-  'none': ('neither', STYLES['none']),
+  'postnorm': ('post-norm', 'batchnorm'),
+  'prenorm': ('pre-norm', 'fixup'),
+  'skipinit': ('SkipInit 0', 'skipinit'),
+  'none': ('neither', 'none'),
 }
 BATCH_SIZE = 16
 HELD_OUT = 360  # Images, to choose the rates; as many again to test.
@@ -290,21 +288,18 @@ def table(cells: list[dict[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-@matplotlib.rc_context(RC)
+@plotting.style()
 def draw(cells: list[dict[str, Any]], path: Path) -> None:
   """Test accuracy against depth, a line for each kind."""
-  figure = Figure(figsize=(5.6, 3.4), layout='constrained')
-  axes = figure.subplots()
-  for kind, (label, style) in KINDS.items():
+  figure, (axes,) = plotting.new_figure(width=5.6, height=3.4)
+  for kind, (label, variant) in KINDS.items():
     mine = [cell for cell in cells if cell['kind'] == kind]
     axes.errorbar(
       [cell['depth'] for cell in mine],
       [100 * cell['mean'] for cell in mine],
       [100 * cell['spread'] for cell in mine],
-      color=style.color,
-      marker=style.marker,
+      **plotting.marked_style(variant),
       capsize=3,
-      linestyle=style.dashes,
       label=label,
     )
   axes.axhline(10, color='0.6', linewidth=1, zorder=0)
@@ -313,7 +308,7 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
   axes.set_xscale('log', base=2)
   axes.set_xticks(depths, [str(depth) for depth in depths])
   axes.set(xlabel='depth (blocks)', ylabel='test accuracy (%)', ylim=(0, 102))
-  figure.legend(loc='outside upper center', ncols=4, handlelength=3)
+  plotting.legend(figure, *axes.get_legend_handles_labels(), columns=4)
   figure.savefig(path, dpi=160)
 
 

@@ -1,23 +1,27 @@
-"""Figures that the papers publish, with their sources. Data only."""
+"""Figures that the papers publish, with their sources. Data only.
 
-import dataclasses
+Each table is keyed by `variants.VARIANTS`, then by depth or batch size.
+"""
+
+from typing import NamedTuple
 
 
-@dataclasses.dataclass(frozen=True)
-class Accuracy:
+class Accuracy(NamedTuple):
   """A published accuracy.
 
   Attributes:
-    value: percent; None where the paper says that it does not train.
+    value: top-1, percent; None where the paper says that it does not train.
     error: its standard error as published, None if there is none.
     rate: optimal learning rate, the exponent of 2.
     rates: range of rates within error of the optimum, exponents.
+    top5: percent, where it is published.
   """
 
   value: float | None
   error: float | None = None
   rate: int | None = None
   rates: tuple[int, int] | None = None
+  top5: float | None = None
 
 
 FAILS = Accuracy(None)
@@ -26,7 +30,7 @@ DE_SMITH = 'De & Smith 2020 (arXiv 2002.10444)'
 FIXUP = 'Zhang, Dauphin, Ma 2019 (arXiv 1901.09321)'
 
 # De & Smith 2020, table 1: n-2 Wide-ResNet on CIFAR-10, 200 epochs, test
-# accuracy by depth. The names are those of `experiments.studies.VARIANTS`.
+# accuracy by depth.
 DEPTH_SOURCE = f'{DE_SMITH}, table 1'
 DEPTH = {
   'batchnorm': {
@@ -84,29 +88,32 @@ FIRST_EPOCH = {
   },
 }
 
-# De & Smith 2020, table 3: ResNet50-V2 on ImageNet, top-1 and top-5 in percent
-# by batch size.
+# De & Smith 2020, table 3: ResNet50-V2 on ImageNet, by batch size.
 IMAGENET_SOURCE = f'{DE_SMITH}, table 3'
 IMAGENET = {
-  'Batch normalization': {
-    256: (75.0, 92.2),
-    1024: (74.9, 92.1),
-    4096: (74.9, 91.9),
+  'imagenet:batchnorm': {
+    256: Accuracy(75.0, top5=92.2),
+    1024: Accuracy(74.9, top5=92.1),
+    4096: Accuracy(74.9, top5=91.9),
   },
-  'Fixup': {256: (74.8, 91.8), 1024: (74.6, 91.7), 4096: (73.0, 90.6)},
-  'SkipInit + Biases': {
-    256: (74.9, 91.9),
-    1024: (74.6, 91.8),
-    4096: (70.8, 89.2),
+  'imagenet:fixup': {
+    256: Accuracy(74.8, top5=91.8),
+    1024: Accuracy(74.6, top5=91.7),
+    4096: Accuracy(73.0, top5=90.6),
   },
-  'Fixup + Dropout': {
-    256: (75.8, 92.5),
-    1024: (75.6, 92.5),
-    4096: (74.8, 91.8),
+  'imagenet:skipinit': {
+    256: Accuracy(74.9, top5=91.9),
+    1024: Accuracy(74.6, top5=91.8),
+    4096: Accuracy(70.8, top5=89.2),
   },
-  'Regularized SkipInit': {
-    256: (75.6, 92.4),
-    1024: (75.5, 92.5),
-    4096: (72.7, 90.7),
+  'imagenet:fixup_dropout': {
+    256: Accuracy(75.8, top5=92.5),
+    1024: Accuracy(75.6, top5=92.5),
+    4096: Accuracy(74.8, top5=91.8),
+  },
+  'imagenet:regularized_skipinit': {
+    256: Accuracy(75.6, top5=92.4),
+    1024: Accuracy(75.5, top5=92.5),
+    4096: Accuracy(72.7, top5=90.7),
   },
 }

@@ -24,6 +24,7 @@ from skipinit_jax.experiments import __main__ as experiments
 from skipinit_jax.experiments.studies import find_study
 from skipinit_jax.training import __main__ as training
 from skipinit_jax.training.recipes import parse_overrides
+from skipinit_jax.variants import VARIANTS
 
 PAGES = sorted(ROOT.glob('docs/*.md'))
 TEXTS = [*PAGES, ROOT / 'README.md']
@@ -338,8 +339,8 @@ def test_published_figures_are_the_ones_that_reports_print():
       row.append(f'{figure.value} ± {figure.error} (2^{figure.rate})')
     assert tuple(row) in found
   for method, figures in published.IMAGENET.items():
-    row = [f'{top1} / {top5}' for top1, top5 in figures.values()]
-    assert (method, *row) in found
+    row = [f'{figure.value} / {figure.top5}' for figure in figures.values()]
+    assert (VARIANTS[method].label, *row) in found
 
 
 def test_the_transformers_table_is_that_of_its_file():

@@ -23,7 +23,7 @@ LAYERS = {
   'analysis': {'models', 'data', 'training'},
 }
 SHARED = {'cli', 'errors', 'files', 'interrupts', 'published'}
-SHARED = {*SHARED, 'styles', 'version'}
+SHARED = {*SHARED, 'plotting', 'variants', 'version'}
 
 
 def imports(path):

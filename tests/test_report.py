@@ -1,5 +1,6 @@
 """The report of a study, from results whose numbers are known."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -23,7 +24,7 @@ UNFINISHED = Cell('', '100', 'skipinit')
 
 
 def make_grid(**changes):
-  return Grid(
+  grid = Grid(
     recipe='digits',
     fields={'watch_every_steps': 5},
     rows=Axis('depth', {r: {'model.depth': int(r)} for r in TESTED}),
@@ -33,12 +34,12 @@ def make_grid(**changes):
     seeds=2,
     best=2,
     choices=f'Chosen: {EVIL}',
-    **changes,
   )
+  return dataclasses.replace(grid, **changes)
 
 
 def make_study(grid, **changes):
-  return Study(
+  study = Study(
     name='made_up',
     title='A made up study',
     question='Why?',
@@ -48,8 +49,8 @@ def make_study(grid, **changes):
       'none': {16: Accuracy(92.0, 0.1, -2, (-2, -2)), 100: FAILS},
     },
     source='A paper, table 7',
-    **changes,
   )
+  return dataclasses.replace(study, **changes)
 
 
 def result(top1, diverged, images):

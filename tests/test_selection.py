@@ -30,12 +30,10 @@ from skipinit_jax.experiments.selection import (
 )
 from skipinit_jax.experiments.studies import (
   STUDIES,
-  VARIANTS,
   Axis,
   Grid,
   find_study,
 )
-from skipinit_jax.styles import STYLES
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import (
@@ -43,6 +41,7 @@ from skipinit_jax.training.recipes import (
   parse_overrides,
   recipe_path,
 )
+from skipinit_jax.variants import VARIANTS
 
 GRIDS = [(s, d) for s in STUDIES for d in STUDIES[s].grids]
 
@@ -90,12 +89,11 @@ def test_cells_differ(name, dataset):
     assert seen.setdefault(run.id, place) == place
 
 
-def test_columns_have_a_style_and_published_ones_are_known():
+def test_columns_are_variants_and_published_ones_are_known():
   columns = {
     c for s in STUDIES.values() for g in s.grids.values() for c in g.columns
   }
   assert columns == VARIANTS.keys()
-  assert columns == STYLES.keys()
   for study in STUDIES.values():
     grid = study.grids.get(study.published_for)
     for column, rows in study.published.items():

@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from matplotlib.lines import Line2D
 
-from skipinit_jax.analysis import plots
+from skipinit_jax import plotting
 from skipinit_jax.analysis.curvature import largest_eigenvalue, training_loss
 from skipinit_jax.errors import InputError
 from skipinit_jax.training.checkpoints import FOLDER, saved_steps
 from skipinit_jax.training.metrics import read_metrics
 from skipinit_jax.training.optimizer import make_schedule, peak_rate
 from skipinit_jax.training.saved import Saved, load_run
+from skipinit_jax.variants import VARIANTS
 
 Measured = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -30,7 +31,7 @@ def measure(
   """Of runs that watched their blocks.
 
   Args:
-    workdirs: name in `styles.STYLES` -> folder of a run on a data set that fits
+    workdirs: name in `VARIANTS` -> folder of a run on a data set that fits
       on a device.
     images: training images of the loss, the first.
     steps: of Lanczos's method, at most.
@@ -103,16 +104,18 @@ def draw(measured: Measured, out: Path, name: str = 'training') -> list[Path]:
   Above, the effective depth; below, the largest eigenvalue, and in the same
   colour, thin, what the rate and the momentum leave stable.
   """
-  with plots.style():
-    figure, (depths, eigenvalues) = plots.new_figure(2, height=5, sharex=True)
+  with plotting.style():
+    figure, (depths, eigenvalues) = plotting.new_figure(
+      2, height=5, sharex=True
+    )
     for method, found in measured.items():
-      style = plots.line_style(method)
-      marker = {'marker': plots.STYLES[method].marker, 'markersize': 4}
+      style = plotting.line_style(method)
+      marker = {'marker': VARIANTS[method].marker, 'markersize': 4}
       depths.plot(
         found['epoch'],
         found['effective_depth'],
         **style,
-        label=plots.LABELS[method],
+        label=VARIANTS[method].label,
       )
       at = found['checkpoint_epoch']
       if (good := np.isfinite(found['eigenvalue'])).any():
@@ -123,7 +126,7 @@ def draw(measured: Measured, out: Path, name: str = 'training') -> list[Path]:
       )
     depths.set_ylabel('effective depth (branches)')
     depths.set_ylim(bottom=0)
-    plots.log_axis(eigenvalues)
+    plotting.log_axis(eigenvalues)
     eigenvalues.set_ylabel('largest eigenvalue')
     eigenvalues.set_xlabel('epoch')
     handles, labels = depths.get_legend_handles_labels()
@@ -132,4 +135,4 @@ def draw(measured: Measured, out: Path, name: str = 'training') -> list[Path]:
     figure.legend(
       handles, labels, loc='outside upper left', ncols=2, handlelength=3
     )
-    return plots.save(figure, out, name)
+    return plotting.save(figure, out, name)

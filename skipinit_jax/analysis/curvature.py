@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 
-from skipinit_jax.analysis import plots
+from skipinit_jax import plotting
 from skipinit_jax.analysis.propagation import COLUMNS
 from skipinit_jax.data import open_dataset
 from skipinit_jax.data.resident import Resident
@@ -25,6 +25,7 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.models.resnet import WideResNet
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.step import cross_entropy
+from skipinit_jax.variants import VARIANTS
 
 DRAWN = ('batchnorm', 'skipinit', 'none')  # Of `COLUMNS`.
 
@@ -174,8 +175,8 @@ def draw(
   the quadratic around the start is stable.
   """
   depths = list(measured)
-  with plots.style():
-    figure, panels = plots.new_figure(2, height=4.6, sharex=True)
+  with plotting.style():
+    figure, panels = plotting.new_figure(2, height=4.6, sharex=True)
     for i, column in enumerate(measured[depths[0]]):
       aside = np.add(depths, 0.15 * (i - 1))  # Else ranges hide one another.
       values = np.stack([measured[d][column]['value'] for d in depths])
@@ -185,14 +186,14 @@ def draw(
           aside,
           middle,
           (middle - y.min(1), y.max(1) - middle),
-          **plots.line_style(column),
-          marker=plots.STYLES[column].marker,
+          **plotting.line_style(column),
+          marker=VARIANTS[column].marker,
           capsize=3,
           elinewidth=1,
-          label=plots.LABELS[column],
+          label=VARIANTS[column].label,
         )
     for axes in panels:
-      plots.log_axis(axes)
+      plotting.log_axis(axes)
     panels[0].set_ylabel('largest eigenvalue')
     panels[1].set_ylabel('2 / largest eigenvalue')
     panels[1].set_xlabel('depth (layers)')
@@ -203,7 +204,7 @@ def draw(
       ncols=2,
       handlelength=3,
     )
-    return plots.save(figure, out, 'curvature')
+    return plotting.save(figure, out, 'curvature')
 
 
 def training_loss(

@@ -18,9 +18,10 @@ import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from skipinit_jax.analysis import plots
+from skipinit_jax import plotting
 from skipinit_jax.analysis.paths import changed_joins, find_blocks, unrolled
 from skipinit_jax.errors import InputError
+from skipinit_jax.variants import VARIANTS
 
 Variables = Mapping[str, Any]
 Blocks = Sequence[tuple[str, ...]]
@@ -284,20 +285,20 @@ def draw(
   """Draws what `measure` returns: SVG and PNG files in the folder `out`.
 
   Args:
-    measured: name in `styles.STYLES` -> of `measure`.
+    measured: name in `VARIANTS` -> of `measure`.
     out: folder.
     name: of the files.
   """
-  with plots.style():
-    return plots.save(_figure(measured), out, name)
+  with plotting.style():
+    return plotting.save(_figure(measured), out, name)
 
 
 def _figure(measured: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-  figure, panels = plots.new_figure(3, 1)
+  figure, panels = plotting.new_figure(3, 1)
   single, several, swapped = panels
   for method, result in measured.items():
-    style = plots.line_style(method)
-    line = {**style, 'label': plots.LABELS[method]}
+    style = plotting.line_style(method)
+    line = {**style, 'label': VARIANTS[method].label}
     places = 1 + np.arange(len(result['single']))
     single.plot(places, 100 * result['single'], linewidth=1.2, **line)
     changes = result['transitions']

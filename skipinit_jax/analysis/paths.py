@@ -18,10 +18,11 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from skipinit_jax.analysis import plots
+from skipinit_jax import plotting
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.skipinit import Join
 from skipinit_jax.models.stages import STACKED, unstack_blocks
+from skipinit_jax.variants import VARIANTS
 
 SHOWN = 1e-20  # Smallest norm drawn, as a share of the largest.
 
@@ -259,12 +260,12 @@ def draw(
   """Draws what `measure` returns, as figure 6 of Veit et al. 2016.
 
   Args:
-    measured: name in `styles.STYLES` -> of `measure`, all of as many blocks.
+    measured: name in `VARIANTS` -> of `measure`, all of as many blocks.
     out: folder.
     name: of the files.
   """
-  with plots.style():
-    return plots.save(_figure(measured), out, name)
+  with plotting.style():
+    return plotting.save(_figure(measured), out, name)
 
 
 def _figure(measured: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
@@ -274,23 +275,23 @@ def _figure(measured: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
       'no path has a gradient; expected a classifier that does not start at '
       'zero: --config.model.classifier_init=he, or a trained network'
     )
-  figure, (lengths, norms, shares) = plots.new_figure(3, 1, sharex=True)
+  figure, (lengths, norms, shares) = plotting.new_figure(3, 1, sharex=True)
   paths = next(iter(measured.values()))['paths']
   lengths.bar(np.arange(len(paths)), paths, color='0.6')
   lengths.set_ylabel('share of all paths')
   alone = 10.0  # Size of the marker of a method with one length, hollow.
   for method, result in measured.items():
-    style = {**plots.line_style(method), 'marker': 'o', 'markersize': 3}
+    style = {**plotting.line_style(method), 'marker': 'o', 'markersize': 3}
     length = np.flatnonzero(result['norm'] > 0)
     if len(length) == 1:
       style |= {'markersize': alone, 'markerfacecolor': 'none'}
       alone -= 4
-    label = f'{plots.LABELS[method]} (mean {result["effective_depth"]:.1f})'
+    label = f'{VARIANTS[method].label} (mean {result["effective_depth"]:.1f})'
     norms.plot(length, result['norm'][length], label=label, **style)
     shares.plot(length, result['gradient'][length], **style)
   norms.set_yscale('log')
   norms.set_ylim(max(SHOWN * largest, norms.get_ylim()[0]), 10 * largest)
-  plots.log_axis(norms)
+  plotting.log_axis(norms)
   norms.set_ylabel("norm of a path's gradient")
   shares.set_ylabel('share of the gradient')
   shares.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -16,14 +16,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from skipinit_jax.analysis import plots
+from skipinit_jax import plotting
 from skipinit_jax.analysis.capture import capture, second_moment
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.methods import Method, resolve_method
 from skipinit_jax.models.resnet import ResNet, WideResNet
 from skipinit_jax.models.stages import unstack_blocks
+from skipinit_jax.variants import VARIANTS
 
-# Name in `styles.STYLES` -> method and initial value of its scalar.
+# Name in `VARIANTS` -> method and initial value of its scalar.
 COLUMNS: dict[str, tuple[str, str | None]] = {
   'batchnorm': ('batchnorm', None),
   'skipinit_sqrt': ('skipinit', '1/sqrt(d)'),
@@ -210,7 +211,7 @@ def table(measured: Measured) -> str:
   Theory's are those of a network whose every stage begins at Var(skip) = 1.
   """
   columns = list(next(iter(measured.values())))
-  rows = [['depth', 'blocks', *(plots.LABELS[c] for c in columns)]]
+  rows = [['depth', 'blocks', *(VARIANTS[c].label for c in columns)]]
   rows.append(['---'] * len(rows[0]))
   for depth, by_column in measured.items():
     cells = [
@@ -230,7 +231,7 @@ def draw(measured: Measured, out: Path) -> list[Path]:
   against the block; the distribution of path lengths.
   """
   files = []
-  with plots.style():
+  with plotting.style():
     for depth, by_column in measured.items():
       files += _draw_moments(depth, by_column, out)
     files += _draw_shares(measured, out)
@@ -249,20 +250,20 @@ def _checked(shares: np.ndarray) -> np.ndarray:
 def _draw_moments(
   depth: int, by_column: Mapping[str, Captured], out: Path
 ) -> list[Path]:
-  figure, panels = plots.new_figure(2, 2, width=7.4, height=5.2, sharex=True)
+  figure, panels = plotting.new_figure(2, 2, width=7.4, height=5.2, sharex=True)
   dashes = dict(zip(PATHS, ('--', ':', '-'), strict=True))
   for axes, (column, captured) in zip(panels, by_column.items(), strict=False):
-    color = plots.line_style(column)['color']
+    color = plotting.line_style(column)['color']
     blocks = 1 + np.arange(len(captured['output']))
     for path in PATHS:
       theory = captured[f'expected_{path}']
       for values, line in (
         (captured[path], {'color': color, 'linestyle': dashes[path]}),
-        (theory, {'color': plots.INK, 'linewidth': 0.7, 'zorder': 3}),
+        (theory, {'color': plotting.INK, 'linewidth': 0.7, 'zorder': 3}),
       ):
         if values.all():
           axes.plot(blocks, np.log2(values), **line)
-    axes.set_title(plots.LABELS[column], loc='left')
+    axes.set_title(VARIANTS[column].label, loc='left')
     if not captured['branch'].any():
       axes.text(
         0.03, 0.06, 'branch: 0 in every block', transform=axes.transAxes
@@ -275,7 +276,7 @@ def _draw_moments(
   gray = [
     Line2D([], [], color='gray', linestyle=dashes[path]) for path in PATHS
   ]
-  theory = Line2D([], [], color=plots.INK, linewidth=0.7)
+  theory = Line2D([], [], color=plotting.INK, linewidth=0.7)
   figure.legend(
     [*gray, theory],
     ['skip path', 'branch', "block's output", 'theory, of each'],
@@ -283,7 +284,7 @@ def _draw_moments(
     ncols=4,
     handlelength=3,
   )
-  return plots.save(figure, out, f'variance-depth-{depth}')
+  return plotting.save(figure, out, f'variance-depth-{depth}')
 
 
 def _widen(axes: Axes) -> None:
@@ -295,55 +296,59 @@ def _widen(axes: Axes) -> None:
 
 
 def _draw_shares(measured: Measured, out: Path) -> list[Path]:
-  figure, panels = plots.new_figure(len(measured), height=2.1 * len(measured))
+  figure, panels = plotting.new_figure(
+    len(measured), height=2.1 * len(measured)
+  )
   for axes, (depth, by_column) in zip(panels, measured.items(), strict=True):
     for column, captured in by_column.items():
       blocks = 1 + np.arange(len(captured['share']))
       if captured['share'].any():
-        axes.plot(blocks, captured['share'], **plots.line_style(column))
+        axes.plot(blocks, captured['share'], **plotting.line_style(column))
         axes.plot(
           blocks,
           captured['expected_share'],
-          color=plots.INK,
+          color=plotting.INK,
           linewidth=0.7,
           zorder=3,
         )
-    plots.log_axis(axes)
+    plotting.log_axis(axes)
     axes.set_title(f'depth {depth}', loc='left')
     axes.set_ylabel("branch's share")
   panels[-1].set_xlabel('block, from the input')
   _legend(figure, measured, {'skipinit': ' (share 0)'}, theory=True)
-  return plots.save(figure, out, 'share')
+  return plotting.save(figure, out, 'share')
 
 
 def _draw_path_lengths(measured: Measured, out: Path) -> list[Path]:
-  figure, panels = plots.new_figure(len(measured), height=2.1 * len(measured))
+  figure, panels = plotting.new_figure(
+    len(measured), height=2.1 * len(measured)
+  )
   for axes, (depth, by_column) in zip(panels, measured.items(), strict=True):
     last = 0
     for column, captured in by_column.items():
       chances = path_lengths(captured['share'])
       last = max(last, int(np.flatnonzero(chances > 1e-4)[-1]))
       marker = '.' if len(chances) < 60 else ''
-      style = plots.line_style(column)
+      style = plotting.line_style(column)
       if np.count_nonzero(chances) == 1:
         style, marker = {**style, 'linestyle': 'none'}, 'o'
       axes.plot(chances, marker=marker, **style)
-    plots.log_axis(axes)
+    plotting.log_axis(axes)
     axes.set_ylim(1e-4, 1.3)
     axes.set_xlim(-0.02 * last, last)
     axes.set_title(f'depth {depth}, {len(chances) - 1} blocks', loc='left')
     axes.set_ylabel('share of the paths')
   panels[-1].set_xlabel('branches that a path passes')
   _legend(figure, measured, {}, theory=False)
-  return plots.save(figure, out, 'path-lengths')
+  return plotting.save(figure, out, 'path-lengths')
 
 
 def _legend(figure, measured, notes: Mapping[str, str], *, theory: bool):
   columns = list(next(iter(measured.values())))
-  lines = [Line2D([], [], **plots.line_style(column)) for column in columns]
-  labels = [plots.LABELS[c] + notes.get(c, '') for c in columns]
+  lines = [Line2D([], [], **plotting.line_style(column)) for column in columns]
+  labels = [VARIANTS[c].label + notes.get(c, '') for c in columns]
   if theory:
-    lines.append(Line2D([], [], color=plots.INK, linewidth=0.7))
+    lines.append(Line2D([], [], color=plotting.INK, linewidth=0.7))
     labels.append('theory')
   figure.legend(
     lines, labels, loc='outside upper left', ncols=2, handlelength=3

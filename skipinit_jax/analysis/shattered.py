@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from skipinit_jax.analysis import plots
+from skipinit_jax import plotting
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.models.blocks import crelu
 from skipinit_jax.models.dense import DenseResNet
@@ -240,14 +240,14 @@ def draw(
 
   Diamonds are the paper's figure at lag 15, read off by eye.
   """
-  with plots.style():
-    return plots.save(_figure(measured), out, name)
+  with plotting.style():
+    return plotting.save(_figure(measured), out, name)
 
 
 def _figure(measured: Mapping[str, np.ndarray]) -> Figure:
   networks = [name for name in NETWORKS if name in measured]
   rows = -(-len(networks) // 2)
-  figure, panels = plots.new_figure(
+  figure, panels = plotting.new_figure(
     rows, 2, width=5.4, height=1.5 * rows + 0.6, sharey=True
   )
   for axes in panels[len(networks) :]:

@@ -38,11 +38,11 @@ from skipinit_jax.experiments.selection import (
   wanted,
 )
 from skipinit_jax.experiments.studies import STUDIES, Grid, find_study
-from skipinit_jax.styles import LABELS
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import parse_overrides
 from skipinit_jax.training.signals import to_notice
+from skipinit_jax.variants import VARIANTS
 
 ENGINES = ('local', 'ray', 'print')
 
@@ -210,7 +210,7 @@ def check(grid: Grid) -> None:
 
 def grid_lines(grid: Grid) -> str:
   """The grid, as it is about to be run."""
-  columns = ', '.join(LABELS[c] for c in grid.columns)
+  columns = ', '.join(VARIANTS[c].label for c in grid.columns)
   lines = [
     f'{grid.rows.name}: {", ".join(grid.rows.values)}',
     f'methods: {columns}',

@@ -1,6 +1,5 @@
 """A study's figures: SVG that follows a page's colours, and PNG."""
 
-import io
 import itertools
 import math
 import re
@@ -13,19 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from skipinit_jax import styles
+from skipinit_jax import plotting
 from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell
 from skipinit_jax.experiments.selection import Summary
 from skipinit_jax.experiments.studies import Grid
-from skipinit_jax.styles import ALONE, INK, LABELS, STYLES
+from skipinit_jax.plotting import INK
+from skipinit_jax.variants import VARIANTS
 
 WIDTH, HEIGHT = 4.6, 2.5  # Inches, a height for each axes: fits a phone.
 BLOCKS, POINTS = 48, 200  # Drawn at most: scalars, and points of a curve.
 AXES = {'depth': 'depth (layers)', 'batch': 'batch size (images)'}
-RC = styles.RC | {'savefig.dpi': 160}
 
 
 class Curve(NamedTuple):
@@ -94,7 +92,7 @@ def write_figures(
   """
   folder.mkdir(parents=True, exist_ok=True)
   drawings = []
-  with matplotlib.rc_context(RC):
+  with plotting.style():
     for panel in grid.panels.values:
       done = {c: s for c, s in summaries.items() if c.panel == panel}
       drawings += _accuracy(grid, panel, done, chance[TEST])
@@ -131,7 +129,7 @@ def cell_name(grid: Grid, cell: Cell) -> str:
   parts = (
     cell.panel,
     f'{grid.rows.name} {cell.row}',
-    LABELS[cell.column],
+    VARIANTS[cell.column].label,
   )
   return ', '.join(part for part in parts if part)
 
@@ -299,15 +297,14 @@ def _losses(
     if not points:
       early += [cell] if curve else []
       continue
-    style = STYLES[cell.column]
+    style = plotting.line_style(cell.column)
     axes.plot(
       *zip(*_thinned(points), strict=True),
-      color=style.color,
-      linestyle=style.dashes,
+      **style,
       linewidth=1.5,
     )
     if curve.diverged:
-      axes.plot(*points[-1], 'x', color=style.color, ms=9, mew=2.5)
+      axes.plot(*points[-1], 'x', color=style['color'], ms=9, mew=2.5)
   if not axes.lines:
     return
   _log_if_wide(axes)
@@ -375,35 +372,22 @@ def _figure(
   grid: Grid, axes: int = 1, markers: bool = True
 ) -> tuple[Figure, list[Axes]]:
   """Axes above one another, under a legend that names every column."""
-  labels = [LABELS[column] for column in grid.columns]
+  labels = [VARIANTS[column].label for column in grid.columns]
   width = max(map(len, labels)) * 5.2 + 44  # Points, of an entry.
   across = max(1, min(len(labels), int(72 * WIDTH / width)))
   lines = math.ceil(len(labels) / across)
   size = WIDTH, HEIGHT * axes + 0.2 * lines + 0.3
   figure = Figure(figsize=size, layout='constrained')
-  figure.legend(
-    [_handle(column, markers) for column in grid.columns],
-    labels,
-    loc='outside upper left',
-    ncols=across,
-    handlelength=3,
-    columnspacing=1.2,
-    borderpad=0,
-  )
+  style = plotting.marked_style if markers else plotting.line_style
+  handles = [plotting.handle(**style(column)) for column in grid.columns]
+  plotting.legend(figure, handles, labels, across)
   return figure, list(figure.subplots(axes, sharex=True, squeeze=False)[:, 0])
-
-
-def _handle(column: str, marker: bool) -> Line2D:
-  color, shape, dashes = STYLES[column]
-  return Line2D(
-    [], [], color=color, linestyle=dashes, marker=shape if marker else ''
-  )
 
 
 def _plot(axes: Axes, column: str, points: Sequence[_Point]) -> None:
   if not points:
     return
-  color, marker, dashes = STYLES[column]
+  _, _, color, marker, dashes = VARIANTS[column]
   x, y, low, high, _ = zip(*points, strict=True)
   error = {'yerr': (low, high)} if any(low + high) else {}
   axes.errorbar(
@@ -435,7 +419,7 @@ def _plot_on_top(axes: Axes, column: str, x: Sequence[float]) -> None:
   """Hollow markers on the upper edge: values that are not finite."""
   if not x:
     return
-  color, marker, _ = STYLES[column]
+  _, _, color, marker, _ = VARIANTS[column]
   axes.plot(
     x,
     [1.0] * len(x),
@@ -537,19 +521,8 @@ def _missing(
 def _write(sketch: _Sketch, folder: Path) -> Drawing:
   words = f'{sketch.kind} {sketch.where}'.lower()
   name = re.sub('[^a-z0-9]+', '-', words).strip('-')
-  sketch.figure.savefig(folder / f'{name}.png', facecolor='white')
-  buffer = io.StringIO()
-  nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
-  sketch.figure.savefig(
-    buffer, format='svg', transparent=True, metadata=nothing
-  )
-  text = buffer.getvalue().replace(INK, 'currentColor')
-  start = text.index('>', text.index('<svg')) + 1
-  (folder / f'{name}.svg').write_text(text[:start] + ALONE + text[start:])
-  # Several on a page: ids, and references to them, must differ.
-  svg = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', text)
+  svg, _ = plotting.save(sketch.figure, folder, name)
   where = sketch.where
   caption = f'{where[0].upper()}{where[1:]}. ' if where else ''
-  return Drawing(
-    name, sketch.heading, caption + sketch.caption, svg[svg.index('<svg') :]
-  )
+  caption += sketch.caption
+  return Drawing(name, sketch.heading, caption, plotting.svg_for_page(svg))

@@ -10,10 +10,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from skipinit_jax.experiments.studies import VARIANTS, Grid
+from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.training.changes import FREE, flatten
 from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.recipes import load_recipe, set_fields
+from skipinit_jax.variants import VARIANTS
 
 VALIDATION, TEST = 'validation', 'test'
 
@@ -103,7 +104,7 @@ def make_run(grid: Grid, cell: Cell, rate: int, seed: int, split: str) -> Run:
     grid.fields,
     grid.rows.values[cell.row],
     grid.panels.values[cell.panel],
-    VARIANTS[cell.column],
+    VARIANTS[cell.column].fields,
     {
       'optimizer.learning_rate': grid.unit * 2.0**rate,
       'seed': seed,

@@ -13,57 +13,7 @@ from typing import Any
 
 from skipinit_jax import published
 from skipinit_jax.errors import InputError, unknown
-
-Fields = Mapping[str, Any]
-
-
-SKIPINIT = {'model.method': 'skipinit'}
-FIXUP = {'model.method': 'fixup'}
-ONE_RATE = {'optimizer.reduced_rate': False}
-NO_PART = {
-  **FIXUP,
-  'model.zero_last': False,
-  'model.rescale': False,
-  'model.scalar_biases': False,
-  'model.alpha': 'none',
-}
-DROPOUT = {'model.dropout': 0.25}
-PLAIN = {'model.biases': False, 'model.dropout': 0.0}
-BIASES = {'model.biases': True}
-# Ways of training: the fields that make each; `styles.LABELS` has their names.
-VARIANTS: dict[str, Fields] = {
-  'batchnorm': {'model.method': 'batchnorm'},
-  'fixup': FIXUP,
-  'skipinit_sqrt': {**SKIPINIT, 'model.alpha': '1/sqrt(d)'},
-  'skipinit': SKIPINIT,
-  'skipinit_1': {**SKIPINIT, 'model.alpha': '1'},
-  'none': {'model.method': 'none'},
-  'divide_sqrt2': {'model.method': 'divide_sqrt2'},
-  'skipinit_no_l2': {**SKIPINIT, 'optimizer.l2': 0.0},
-  'fixup_zero_last': {**NO_PART, 'model.zero_last': True},
-  'fixup_rescale': {**NO_PART, 'model.rescale': True},
-  'fixup_multiplier': {**NO_PART, 'model.alpha': '1'},
-  'fixup_biases': {**NO_PART, 'model.scalar_biases': True},
-  'fixup_no_part': NO_PART,
-  # The rows of configs/imagenet.py; a test holds that they agree.
-  'imagenet:batchnorm': {**PLAIN, 'model.method': 'batchnorm'},
-  'imagenet:fixup': {**PLAIN, **FIXUP, **ONE_RATE},
-  'imagenet:skipinit': {**PLAIN, **SKIPINIT, **BIASES},
-  'imagenet:fixup_dropout': {**PLAIN, **FIXUP, **ONE_RATE, **DROPOUT},
-  'imagenet:regularized_skipinit': {**SKIPINIT, **BIASES, **DROPOUT},
-  'imagenet:batchnorm_dropout': {
-    **PLAIN,
-    **DROPOUT,
-    'model.method': 'batchnorm',
-  },
-  'clipped': {
-    **SKIPINIT,
-    **BIASES,
-    **DROPOUT,
-    # Brock et al. 2021: 0.01 at 4096 images, more for smaller batches.
-    'optimizer.adaptive_clip': lambda f: 0.01 * 4096 / f['batch_size'],
-  },
-}
+from skipinit_jax.variants import VARIANTS, Fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,19 +339,7 @@ IMAGENET = Study(
       f'64. {FIXUP_RATE} The last row is ours.',
     ),
   },
-  published={
-    f'imagenet:{row}': {
-      batch: published.Accuracy(top1)
-      for batch, (top1, _) in published.IMAGENET[label].items()
-    }
-    for row, label in (
-      ('batchnorm', 'Batch normalization'),
-      ('fixup', 'Fixup'),
-      ('skipinit', 'SkipInit + Biases'),
-      ('fixup_dropout', 'Fixup + Dropout'),
-      ('regularized_skipinit', 'Regularized SkipInit'),
-    )
-  },
+  published=published.IMAGENET,
   source=published.IMAGENET_SOURCE,
   published_for='imagenet2012',
 )

@@ -17,10 +17,10 @@ from skipinit_jax.experiments.selection import (
   summarize,
   total_runs,
 )
-from skipinit_jax.experiments.studies import VARIANTS, Grid, Study
+from skipinit_jax.experiments.studies import Grid, Study
 from skipinit_jax.published import Accuracy
-from skipinit_jax.styles import LABELS
 from skipinit_jax.training.lines import Lines
+from skipinit_jax.variants import VARIANTS
 
 DASH, MINUS, TIMES = '\N{EN DASH}', '\N{MINUS SIGN}', '\N{MULTIPLICATION SIGN}'
 DATASETS = {
@@ -240,7 +240,7 @@ def _losses_and_rates(findings: Findings, panel: str) -> Table:
 def _grid_table(findings, panel, caption, names, entries, notes) -> Table:
   """A table of the grid's own form: rows, and some columns for each method."""
   grid = findings.grid
-  labels = [LABELS[column] for column in grid.columns]
+  labels = [VARIANTS[column].label for column in grid.columns]
   rows = [
     [
       Entry(row),
@@ -265,7 +265,7 @@ def _comparison(findings: Findings, panel: str) -> Table:
     rate = '' if summary.rate is None else _rates(grid, summary)
     rows.append(
       [
-        Entry(f'{grid.rows.name} {cell.row}, {LABELS[cell.column]}'),
+        Entry(f'{grid.rows.name} {cell.row}, {VARIANTS[cell.column].label}'),
         _ours(findings, cell),
         Entry(_published_text(theirs)),
         Entry(_difference(summary, theirs)),
@@ -304,7 +304,7 @@ def _published_elsewhere(study: Study) -> Table:
     for row in sorted({row for of in published.values() for row in of})
   ]
   name = next(iter(study.grids.values())).rows.name
-  heads = [(name, ()), *((LABELS[column], ()) for column in columns)]
+  heads = [(name, ()), *((VARIANTS[column].label, ()) for column in columns)]
   where = dataset_name(study.published_for)
   caption = (
     f'Published for {where} (another data set and setting): accuracy (%)'

@@ -13,6 +13,7 @@ from skipinit_jax.training.network import build_method
 from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.step import TrainState
 from skipinit_jax.training.timetable import Timetable
+from skipinit_jax.variants import VARIANTS
 
 LARGE_BATCH = 2048
 
@@ -94,7 +95,7 @@ def _group(config: ConfigDict) -> str:
 
 def _large_batch_warning(config: ConfigDict) -> str:
   losses = ', '.join(
-    f'{row} {points[256][0]} -> {points[4096][0]}'
+    f'{VARIANTS[row].label} {points[256].value} -> {points[4096].value}'
     for row, points in published.IMAGENET.items()
   )
   return (
