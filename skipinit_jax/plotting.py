@@ -18,7 +18,7 @@ from skipinit_jax.variants import VARIANTS
 
 WIDTH, HEIGHT = 4.6, 2.6  # Inches, of a lone panel: fits a phone.
 INK = '#010203'  # Text and axes; in SVG, the color of the page's text.
-RC = {
+RC: dict[Any, Any] = {
   'text.color': INK,
   'axes.edgecolor': INK,
   'axes.labelcolor': INK,
