@@ -1,4 +1,4 @@
-"""Docstrings as Markdown: examples and indented lines stay as written."""
+"""Docstrings as Markdown: examples and indented lines are shown verbatim."""
 
 import re
 
@@ -6,19 +6,19 @@ import griffe
 
 
 class AsWritten(griffe.Extension):
-  """Makes code of `>>>` examples and of paragraphs that are indented."""
+  """Turns `>>>` examples and indented paragraphs into code blocks."""
 
   def on_instance(self, *, obj: griffe.Object, **kwargs) -> None:
-    """Changes the docstring of `obj`, before it is parsed."""
+    """Rewrites the docstring of `obj` before it is parsed."""
     if obj.docstring:
       obj.docstring.value = as_written(obj.docstring.value)
 
 
 def as_written(text: str) -> str:
-  """Indents such paragraphs so far that Markdown shows them as code.
+  """Fences examples, and indents other code enough for Markdown.
 
   Args:
-    text: a docstring; its sections, as this one, stay as they are.
+    text: a docstring; sections such as this one are left alone.
   """
   paragraphs = re.split(r'\n{2,}', text)
   shown = []
