@@ -7,7 +7,7 @@ libtpu`; no chip is needed, a minute or two each), 128 images of 224x224 a chip,
 bfloat16, float32 parameters, SGD with Nesterov momentum. Writes OUT.json and
 prints a table: the cost of each relative to the network of Flax's ImageNet
 example, in the compiler's bytes accessed, bytes to and from HBM (see
-`skipinit_jax.ahead_of_time.hlo`) and activations.
+`skipinit_jax.ahead_of_time.counts`) and activations.
 """
 
 import functools

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -71,7 +72,7 @@ class Slice:
   chip: Chip
   chips: int
   hosts: int
-  devices: tuple[jax.Device, ...]
+  devices: tuple[Any, ...]
 
   @property
   def cores(self) -> int:

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from skipinit_jax.ahead_of_time import hlo
 from skipinit_jax.ahead_of_time.chips import GIB, Slice
+from skipinit_jax.ahead_of_time.counts import count
 from skipinit_jax.data import check_fields
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.data.sources import augmentation
@@ -182,10 +182,12 @@ def cost(step: Callable, args: tuple, where: Slice) -> dict[str, Any]:
 
   Returns:
     Per chip: trace_seconds and compile_seconds (of this machine), flops and
-    hbm_bytes (see `hlo`), bytes_accessed (the compiler's own), activation_bytes
-    (its temporary memory), peak_bytes, hbm_capacity_bytes, fits,
-    over_bytes (by how much it does not fit), compute_seconds, memory_seconds
-    and collective_bytes (handed to the other chips' collectives).
+    hbm_bytes (see `counts`), bytes_accessed (the compiler's own),
+    activation_bytes (its temporary memory), peak_bytes, hbm_capacity_bytes,
+    fits, over_bytes (by how much it does not fit), compute_seconds,
+    memory_seconds and collective_bytes (handed to the other chips'
+    collectives). Where the step does not fit, the figures that need a compiled
+    program are None.
   """
   cores, chip = where.cores, where.chip
   start = time.perf_counter()
@@ -204,7 +206,7 @@ def cost(step: Callable, args: tuple, where: Slice) -> dict[str, Any]:
     missing += ('peak_bytes', 'compute_seconds', 'memory_seconds')
     return result | dict.fromkeys((*missing, 'collective_bytes'))
   memory = compiled.memory_analysis()
-  counts = hlo.count(compiled.as_text()).times(cores)
+  counts = count(compiled.as_text()).times(cores)
   return result | {
     'flops': counts.flops,
     'bytes_accessed': cores * compiled.cost_analysis()['bytes accessed'],
@@ -256,7 +258,7 @@ def find_micro_batches(
     InputError: the recipe can't have any of them.
   """
   config = copy.deepcopy(config)
-  results, refused = [], None
+  results, refused = [], InputError('no number of micro-batches to try')
   for config.micro_batches in MICRO_BATCHES:
     try:
       results.append(measure(config, where, evaluation=False))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import by_tpu_compiler
 
-from skipinit_jax.ahead_of_time import hlo
+from skipinit_jax.ahead_of_time.counts import Counts, count, narrow_sums
 from skipinit_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def entry(lines, result='f32[1024]'):
 
 
 def hbm(lines, computations=''):
-  return hlo.count(computations + entry(lines)).hbm_bytes
+  return count(computations + entry(lines)).hbm_bytes
 
 
 def test_operands_and_outputs_of_an_instruction_are_counted():
@@ -213,7 +213,7 @@ def test_a_fusion_reads_the_whole_of_what_it_also_uses_whole():
   ],
 )
 def test_a_loop_counts_as_often_as_it_runs(note, runs):
-  assert hlo.count(BODY + MAIN.replace('NOTE', note)).hbm_bytes == runs * 8192
+  assert count(BODY + MAIN.replace('NOTE', note)).hbm_bytes == runs * 8192
 
 
 def test_a_conditional_counts_its_larger_branch_once():
@@ -249,7 +249,7 @@ def test_a_conditional_counts_its_larger_branch_once():
 )
 def test_collectives_count_what_they_are_given(op):
   kind = '(f32[1024]{0}, bf16[1024]{0})'
-  counts = hlo.count(
+  counts = count(
     entry(f"""
   %a = f32[1024]{{0}} parameter(0)
   %b = bf16[1024]{{0}} parameter(1)
@@ -260,7 +260,7 @@ def test_collectives_count_what_they_are_given(op):
 
 
 def test_a_gather_that_is_started_counts_once():
-  counts = hlo.count(
+  counts = count(
     entry("""
   %a = f32[1024]{0} parameter(0)
   %s = (f32[1024]{0}, f32[4096]{0}) all-gather-start(%a), dimensions={0}
@@ -304,7 +304,7 @@ def test_flops_of_a_convolution_are_its_products(
 
   x, kernel = jnp.ones((2, 9, 8, 6)), jnp.ones((3, 3, 6 // groups, 4))
   products = convolve(x, kernel).sum()
-  assert hlo.count(compiled(convolve, x, kernel)).flops == 2 * products
+  assert count(compiled(convolve, x, kernel)).flops == 2 * products
 
 
 def test_flops_of_a_matrix_product_in_nested_scans():
@@ -315,7 +315,7 @@ def test_flops_of_a_matrix_product_in_nested_scans():
     return jax.lax.scan(outer, x, None, length=3)[0]
 
   text = compiled(f, jnp.ones((16, 32)), jnp.ones((5, 32, 32)))
-  assert hlo.count(text).flops == 3 * 5 * 2 * 16 * 32 * 32
+  assert count(text).flops == 3 * 5 * 2 * 16 * 32 * 32
 
 
 TPU = """
@@ -323,7 +323,8 @@ import functools, json, sys
 import jax, jax.numpy as jnp
 from jax import lax
 jax.config.update('jax_platforms', 'cpu')
-from skipinit_jax.ahead_of_time import chips, hlo
+from skipinit_jax.ahead_of_time import chips
+from skipinit_jax.ahead_of_time.counts import count
 
 def scan(body, k):
   return lambda x: lax.scan(lambda c, _: (body(c), None), x, None, length=k)[0]
@@ -355,7 +356,7 @@ out = {}
 for name, (f, shapes) in programs.items():
   mapped = jax.pmap(f, axis_name='i', devices=list(where.devices))
   args = [jax.ShapeDtypeStruct((4, *s), d) for s, d in shapes]
-  counts = hlo.count(mapped.lower(*args).compile().as_text())
+  counts = count(mapped.lower(*args).compile().as_text())
   out[name] = [counts.hbm_bytes, counts.flops, counts.collective_bytes]
 json.dump(out, sys.stdout)
 """
@@ -365,7 +366,7 @@ json.dump(out, sys.stdout)
 def tpu():
   """Counts of small programs by the TPU compiler, in a process of its own."""
   return {
-    name: hlo.Counts(*counts) for name, counts in by_tpu_compiler(TPU).items()
+    name: Counts(*counts) for name, counts in by_tpu_compiler(TPU).items()
   }
 
 
@@ -374,7 +375,7 @@ BIG = 64 * 2**20 * 4
 
 @pytest.mark.parametrize('name', ['copy', 'elementwise'])
 def test_tpu_reads_and_writes_an_array_once(tpu, name):
-  assert tpu[name] == hlo.Counts(2 * BIG, 0, 0)
+  assert tpu[name] == Counts(2 * BIG, 0, 0)
 
 
 def test_tpu_product(tpu):
@@ -423,7 +424,7 @@ def test_a_loop_counts_from_where_it_starts(start, step, direction, runs):
   text = text.replace('constant(1)', f'constant({step})')
   text = text.replace('constant(0)', f'constant({start})')
   text = text.replace('direction=LT', f'direction={direction}')
-  assert hlo.count(text).hbm_bytes == runs * 8192
+  assert count(text).hbm_bytes == runs * 8192
 
 
 def test_a_collective_in_an_asynchronous_operation_counts():
@@ -433,7 +434,7 @@ def test_a_collective_in_an_asynchronous_operation_counts():
   ROOT %r = f32[256]{0} reduce-scatter(%p), dimensions={0}, to_apply=%add
 }
 """
-  counts = hlo.count(
+  counts = count(
     wrapped
     + entry("""
   %a = f32[1024]{0} parameter(0)
@@ -483,9 +484,9 @@ def reduction(dtype, sides, dimensions, result):
   ],
 )
 def test_sums_of_many_elements_in_bfloat16_are_found(computation, narrow):
-  assert hlo.Program(ADDER + computation + entry('')).narrow_sums() == narrow
+  assert narrow_sums(ADDER + computation + entry('')) == narrow
   maximum = ADDER.replace(' add(', ' maximum(')
-  assert not hlo.Program(maximum + computation + entry('')).narrow_sums()
+  assert not narrow_sums(maximum + computation + entry(''))
 
 
 def test_a_window_counts_its_elements():
@@ -495,7 +496,7 @@ def test_a_window_counts_its_elements():
   %z = bf16[] constant(0)
   %w = bf16[2,2]{{1,0}} reduce-window({window.replace('SIDE', '32')}
   ROOT %v = bf16[4,4]{{1,0}} reduce-window({window.replace('SIDE', '16')}"""
-  assert hlo.Program(ADDER + entry(lines, 'bf16[4,4]')).narrow_sums() == ['w']
+  assert narrow_sums(ADDER + entry(lines, 'bf16[4,4]')) == ['w']
 
 
 def test_a_reduction_of_two_arrays_is_found_by_its_narrow_one():
@@ -504,4 +505,4 @@ def test_a_reduction_of_two_arrays_is_found_by_its_narrow_one():
   %b = bf16[1024]{0} parameter(1)
   %z = f32[] constant(0)
   ROOT %r = (f32[], bf16[]) reduce(%a, %b, %z, %z), to_apply=%adder"""
-  assert hlo.Program(ADDER + entry(lines)).narrow_sums() == ['r']
+  assert narrow_sums(ADDER + entry(lines)) == ['r']
