@@ -5,6 +5,7 @@ import html.parser
 import importlib.util
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -179,6 +180,17 @@ def test_links_between_files_lead_somewhere(page):
       text = re.sub(r'^```.*?^```', '', target.read_text(), flags=re.S | re.M)
       headings = re.findall(r'^#+ (.+)$', text, re.M)
       assert anchor in map(slug, headings), link
+
+
+def test_names_in_the_reference_exist():
+  text = '\n'.join(page.read_text() for page in PAGES)
+  named = re.findall(r'^::: (\S+)\n((?:    .+\n)*)', text, re.M)
+  assert len(named) > 50
+  for dotted, options in named:
+    found = pkgutil.resolve_name(dotted)
+    for members in re.findall(r'members: \[(.+)\]', options):
+      for member in members.split(', '):
+        assert hasattr(found, member), f'{dotted}.{member}'
 
 
 def test_promises_name_tests_that_exist():
