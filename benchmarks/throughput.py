@@ -44,12 +44,12 @@ from skipinit_jax.ahead_of_time.measure import stand_in
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.devices import (
   map_over_devices,
+  message,
   replicate,
   shard,
-  tell,
 )
 from skipinit_jax.training.optimizer import peak_rate
-from skipinit_jax.training.program import initial_state, make_program
+from skipinit_jax.training.program import make_program
 from skipinit_jax.training.result import versions
 
 DATA = {'resnet50': 'imagenet2012', 'wrn16-4': 'cifar10'}
@@ -93,21 +93,20 @@ def our_step(config: ConfigDict, network: str = '') -> Callable[[], Any]:
   data = stand_in(config.data)
   with peers.as_network(network):
     program = make_program(config, data)
-    create = functools.partial(initial_state, program, config, data)
-    state = [replicate(jax.jit(create)(0, peak_rate(config)))]
-    resident = data.input_axis is None
-    n = data.train_size if resident else config.batch_size
+    create = jax.jit(program.initial_state)
+    state = [replicate(create(0, peak_rate(config)))]
+    n = data.train_size if data.resident else config.batch_size
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, *data.image_shape), dtype=np.uint8)
     labels = np.zeros(n, np.int32)
-    if resident:
+    if data.resident:
       batch = replicate((images.reshape(n, -1), labels))
     else:
       batch = shard((images, labels))
 
     def step():
       count = config.steps_per_call
-      state[0], metrics = program.train_step(state[0], batch, tell(), count)
+      state[0], metrics = program.train_step(state[0], batch, message(), count)
       return metrics
 
     jax.block_until_ready(step())  # Traced here, as the network says.
@@ -125,7 +124,7 @@ def example_step(batch_size: int) -> Callable[[], Any]:
   batch = shard((images.astype(dtype), np.zeros(batch_size, np.int32)))
   mapped = map_over_devices(
     functools.partial(peers.example_step, model=model, tx=tx),
-    (None, 0, 0),
+    (False, True, True),
     donate_argnums=0,
   )
 

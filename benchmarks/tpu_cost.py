@@ -50,7 +50,8 @@ def example(where: Slice) -> dict[str, Any]:
     jax.ShapeDtypeStruct(shape, np.int32),
   )
   step = functools.partial(example_step, model=model, tx=tx)
-  mapped = map_over_devices(step, (None, 0, 0), where.devices, donate_argnums=0)
+  split = (False, True, True)
+  mapped = map_over_devices(step, split, where.devices, donate_argnums=0)
   return cost(mapped, args, where)
 
 

@@ -22,11 +22,11 @@ from ml_collections import ConfigDict
 from benchmarks.input_pipeline import machine
 from skipinit_jax import cli
 from skipinit_jax.data import open_dataset
-from skipinit_jax.training.devices import replicate, tell
+from skipinit_jax.training.devices import message, replicate
 from skipinit_jax.training.lines import write_json
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.optimizer import peak_rate
-from skipinit_jax.training.program import initial_state, make_program
+from skipinit_jax.training.program import make_program
 from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.training.result import versions
 
@@ -83,7 +83,7 @@ def stepper(depth: int) -> Callable[[], Any]:
 
   def step() -> Any:
     nonlocal state
-    state, metrics = program.train_step(state, batch, tell(), 1)
+    state, metrics = program.train_step(state, batch, message(), 1)
     return metrics
 
   return step
@@ -92,7 +92,7 @@ def stepper(depth: int) -> Callable[[], Any]:
 def looker(depth: int) -> Callable[[], Any]:
   """A call that looks into the blocks."""
   program, state, batch = run(depth)
-  return lambda: program.watch_step(state, batch, tell())
+  return lambda: program.watch_step(state, batch)
 
 
 def recipe(depth: int) -> ConfigDict:
@@ -103,7 +103,7 @@ def run(depth: int) -> tuple[Any, Any, Any]:
   config = recipe(depth)
   data = open_dataset(config.data)
   program = make_program(config, data)
-  state = initial_state(program, config, data, config.seed, peak_rate(config))
+  state = program.initial_state(config.seed, peak_rate(config))
   batch, _ = next(data.inputs(replicate, config, 0))
   return program, replicate(state), batch
 

@@ -47,7 +47,7 @@ def test_stand_in_has_the_sizes_of_the_data(recipe):
   data, real = measure.stand_in(config), open_dataset(config)
   for field in ('name', 'num_classes', 'image_shape', 'train_size'):
     assert getattr(data, field) == getattr(real, field), field
-  assert data.input_axis is real.input_axis
+  assert data.resident is real.resident
 
 
 def test_stand_in_chooses_as_the_data_does():
@@ -62,7 +62,7 @@ def test_imagenet_is_streamed_and_needs_no_file():
   config = imagenet.get_config().data
   data = measure.stand_in(config)
   assert (data.image_shape, data.num_classes) == ((224, 224, 3), 1000)
-  assert (data.train_size, data.input_axis) == (config.train_size, 0)
+  assert (data.train_size, data.resident) == (config.train_size, False)
   assert data.choose('batch', None, 0, 8, None) == 'batch'
   assert data.augmentation.flip == config.flip
 

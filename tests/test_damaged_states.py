@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from runs import last_state, metric_lines
 
 from skipinit_jax import files
@@ -370,7 +371,7 @@ def test_a_config_with_other_values_is_another_config(field, value, workdir):
 
 
 def test_a_config_of_which_all_is_different_is_one_short_line(workdir):
-  fields = dict.fromkeys(changes.flatten(plain(recipe())), 'x' * 500)
+  fields = dict.fromkeys(flatten_dict(plain(recipe()), sep='.'), 'x' * 500)
   write_json(workdir / 'config.json', {'seed': 0} | fields)
   with pytest.raises(InputError, match=r'and \d+ more') as error:
     take_up(workdir)
@@ -499,7 +500,7 @@ def test_what_can_not_take_effect_is_refused_by_name(field, workdir):
 @pytest.mark.parametrize('field', CAN)
 def test_what_can_take_effect_is_recorded_with_its_step(field, workdir):
   name, value = field.replace('__', '.'), CAN[field]
-  old = changes.flatten(plain(recipe()))[name]
+  old = flatten_dict(plain(recipe()), sep='.')[name]
   config = recipe(accept_changes=True, **{field: value})
   before = contents(workdir)
   new = open_workdir(workdir, config, TOTAL)
@@ -509,7 +510,7 @@ def test_what_can_take_effect_is_recorded_with_its_step(field, workdir):
   written = json.loads((workdir / 'config.json').read_text())
   assert written['changes'] == [record]
   assert not (workdir / 'result.json').exists()
-  assert changes.flatten(config_of(workdir).to_dict())[name] == value
+  assert flatten_dict(config_of(workdir).to_dict(), sep='.')[name] == value
   # It stays, without the flag, over later starts and later changes.
   assert open_workdir(
     workdir, set_fields(config, {'accept_changes': False}), TOTAL

@@ -18,7 +18,7 @@ from skipinit_jax.data.resident import Resident
 from skipinit_jax.models import ResNet, WideResNet
 from skipinit_jax.models.parameters import LEAVES
 from skipinit_jax.training.config import default_config
-from skipinit_jax.training.devices import replicate, tell
+from skipinit_jax.training.devices import message, replicate
 from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.program import make_program
 from skipinit_jax.training.step import create_state
@@ -257,7 +257,7 @@ def test_three_steps_of_training_are_those_of_the_authors():
   theirs = jax.device_get(to_theirs(params, 'conv2'))
   first, buffers = theirs, {n: np.zeros_like(v) for n, v in theirs.items()}
   for _ in range(3):
-    state, _ = program.train_step(state, inputs, tell(), 1)
+    state, _ = program.train_step(state, inputs, message(), 1)
     grads, new = jax.device_get(gradient(theirs)), {}
     for name, p in theirs.items():
       reduced = 'bias' in name or 'scale' in name

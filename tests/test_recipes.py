@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import flatten_dict
 
 from skipinit_jax import published
 from skipinit_jax.errors import InputError
-from skipinit_jax.training.changes import flatten
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.network import build_method, build_model
@@ -62,8 +62,8 @@ def test_recipe_gives_its_command_and_what_was_measured(path):
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
 def test_recipe_has_every_default_field(path):
-  ours = flatten(load(f'--config={path}').to_dict())
-  new = ours.keys() ^ flatten(default_config().to_dict()).keys()
+  ours = flatten_dict(load(f'--config={path}').to_dict(), sep='.')
+  new = ours.keys() ^ flatten_dict(default_config().to_dict(), sep='.').keys()
   # Only a data set brings fields of its own.
   assert all(name in ours and name.startswith('data.') for name in new)
 

@@ -16,7 +16,7 @@ from skipinit_jax.models.parameters import block_names
 from skipinit_jax.training import step as steps
 from skipinit_jax.training.checkpoints import Checkpoints
 from skipinit_jax.training.config import default_config
-from skipinit_jax.training.devices import AXIS, replicate, shard, tell
+from skipinit_jax.training.devices import AXIS, message, replicate, shard
 from skipinit_jax.training.network import init_variables
 from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.program import make_program
@@ -86,7 +86,7 @@ def pure_step(config):
   """The step that the recipe's program maps, not mapped."""
   mapped = {}
 
-  def keep(step, in_axes, devices=None, **_):
+  def keep(step, split, devices=None, **_):
     mapped.setdefault('train', step)
     return step
 
@@ -105,10 +105,12 @@ def run(config, devices=1, number=1, optimize=False):
   step, program = pure_step(config)
   data = data_of(config)
   inputs = (jnp.asarray(data.images), jnp.asarray(data.labels, jnp.int32))
-  host = {name: jnp.zeros(devices, jnp.int32) for name in ('stop', 'replaced')}
+  silence = {
+    name: jnp.zeros(devices, jnp.int32) for name in ('stop', 'replaced')
+  }
   mapped = jax.jit(
     jax.vmap(
-      lambda state, host: step(state, inputs, host, 1),
+      lambda state, silence: step(state, inputs, silence, 1),
       in_axes=(None, 0),
       out_axes=0,
       axis_name=AXIS,
@@ -118,7 +120,7 @@ def run(config, devices=1, number=1, optimize=False):
   )
   state, metrics = fresh_state(config, program), None
   for _ in range(number):
-    state, metrics = mapped(state, host)
+    state, metrics = mapped(state, silence)
     for leaf in jax.tree.leaves((state, metrics)):
       assert all(jnp.array_equal(x, leaf[0], equal_nan=True) for x in leaf)
     state, metrics = jax.tree.map(lambda x: x[0], (state, metrics))
@@ -230,7 +232,7 @@ def real_run(config, number, per_call=1):
   state = replicate(fresh_state(config, program))
   (batch, _) = next(data.inputs(replicate, config, 0))
   for _ in range(0, number, per_call):
-    state, metrics = program.train_step(state, batch, tell(), per_call)
+    state, metrics = program.train_step(state, batch, message(), per_call)
   return jax.device_get((state, metrics)), program
 
 
@@ -253,12 +255,12 @@ def test_state_is_donated_and_the_step_compiled_once(tmp_path):
   program = make_program(config, data)
   state = replicate(fresh_state(config, program))
   batch, _ = next(data.inputs(replicate, config, 0))
-  host = tell()
-  jax.block_until_ready((state, batch, host))
+  silence = message()
+  jax.block_until_ready((state, batch, silence))
   compiled.clear()
   for _ in range(3):
     old = jax.tree.leaves(state)
-    state, _ = program.train_step(state, batch, host, 1)
+    state, _ = program.train_step(state, batch, silence, 1)
     assert all(leaf.is_deleted() for leaf in old)
   assert len(compiled) == 1
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batch))
@@ -273,7 +275,7 @@ def test_state_is_donated_and_the_step_compiled_once(tmp_path):
     checkpoints.wait()
     restored = checkpoints.restore(3, jax.eval_shape(lambda: state))
   compiled.clear()
-  program.train_step(restored, batch, host, 1)
+  program.train_step(restored, batch, silence, 1)
   assert not compiled
 
 
@@ -283,7 +285,7 @@ def test_runs_that_differ_in_rate_and_seed_share_a_program():
     program = make_program(config, data_of(config))
     state = replicate(fresh_state(config, program))
     batch, _ = next(data_of(config).inputs(replicate, config, 0))
-    return program.train_step.lower(state, batch, tell(), 1).as_text()
+    return program.train_step.lower(state, batch, message(), 1).as_text()
 
   ours = text()
   assert text(seed=3, optimizer__learning_rate=0.7) == ours
@@ -308,7 +310,7 @@ def test_watched_shares_are_those_of_a_capture_of_the_whole_batch(method, scan):
   )
   state = steps.create_state(variables, program.tx, rate=1.0, seed=0)
   batch, _ = next(data.inputs(replicate, config, 0))
-  ours = jax.device_get(program.watch_step(replicate(state), batch, tell()))
+  ours = jax.device_get(program.watch_step(replicate(state), batch))
 
   (images, labels, examples), (_, key) = jax.vmap(
     lambda _: steps.draw(state, batch, data.choose, BATCH), axis_name=AXIS
@@ -334,7 +336,7 @@ def test_watched_gradient_norms_are_those_of_each_block(micro_batches):
   names = block_names(grads)
   assert names == [f'stage{s}/block1' for s in (1, 2, 3)]
   batch, _ = next(data.inputs(replicate, config, 0))
-  norms = program.watch_step(replicate(before), batch, tell())
+  norms = program.watch_step(replicate(before), batch)
   for name, norm in zip(names, norms['block_grad_norm'], strict=True):
     stage, block = name.split('/')
     square = sum(
@@ -355,7 +357,7 @@ def test_several_steps_in_a_call_are_single_steps():
   # The length of a call is no part of the program.
   state = replicate(several)
   batch, _ = next(data_of(config).inputs(replicate, config, 0))
-  state, _ = program.train_step(state, batch, tell(), 3)
+  state, _ = program.train_step(state, batch, message(), 3)
   assert int(state.step) == 7
 
 
@@ -423,16 +425,16 @@ def short_run(**averages):
   step, program = pure_step(config)
   data = data_of(config)
   inputs = (jnp.asarray(data.images), jnp.asarray(data.labels, jnp.int32))
-  host = {name: jnp.zeros(1, jnp.int32) for name in ('stop', 'replaced')}
+  silence = {name: jnp.zeros(1, jnp.int32) for name in ('stop', 'replaced')}
   mapped = jax.jit(
     jax.vmap(
-      lambda state, host: step(state, inputs, host, 1), (None, 0), 0, AXIS
+      lambda state, silence: step(state, inputs, silence, 1), (None, 0), 0, AXIS
     ),
     compiler_options=OPTIONS,
   )
   states, metrics = [fresh_state(config, program)], []
   for _ in range(7):
-    out = jax.tree.map(lambda x: x[0], mapped(states[-1], host))
+    out = jax.tree.map(lambda x: x[0], mapped(states[-1], silence))
     states.append(out[0])
     metrics.append(out[1])
   return config, program, states, jax.device_get(metrics)
@@ -522,7 +524,7 @@ def test_the_rate_is_on_the_update():
   step, program = pure_step(config)
   data = data_of(config)
   inputs = (jnp.asarray(data.images), jnp.asarray(data.labels, jnp.int32))
-  host = {name: jnp.zeros(1, jnp.int32) for name in ('stop', 'replaced')}
+  silence = {name: jnp.zeros(1, jnp.int32) for name in ('stop', 'replaced')}
   mapped = jax.jit(
     jax.vmap(lambda s, h: step(s, inputs, h, 1), (None, 0), 0, AXIS),
     compiler_options=OPTIONS,
@@ -531,7 +533,7 @@ def test_the_rate_is_on_the_update():
   moved = {}
   for scale in (1.0, 0.25):
     rate = jnp.float32(0.05 * scale)
-    state, metrics = mapped(start.replace(rate=rate), host)
+    state, metrics = mapped(start.replace(rate=rate), silence)
     assert metrics['learning_rate'][0] == pytest.approx(0.05 * scale)
     moved[scale] = jax.tree.map(
       lambda new, old: np.asarray(new[0] - old), state.params, start.params
@@ -549,14 +551,14 @@ def diverging(**changes):
   step, program = pure_step(config)
   data = data_of(config)
   inputs = (jnp.asarray(data.images), jnp.asarray(data.labels, jnp.int32))
-  host = {name: jnp.zeros(1, jnp.int32) for name in ('stop', 'replaced')}
+  silence = {name: jnp.zeros(1, jnp.int32) for name in ('stop', 'replaced')}
   mapped = jax.jit(
     jax.vmap(lambda s, h: step(s, inputs, h, 1), (None, 0), 0, AXIS),
     compiler_options=OPTIONS,
   )
 
   def one(state):
-    return jax.tree.map(lambda x: np.asarray(x[0]), mapped(state, host))
+    return jax.tree.map(lambda x: np.asarray(x[0]), mapped(state, silence))
 
   good = fresh_state(config, program)
   huge = jax.tree.map(lambda p: p * 1e20, good.params)
@@ -678,7 +680,7 @@ def test_evaluation_counts_masked_and_unreadable_rows_as_it_says():
       variables['params'],
       variables['batch_stats'],
       *shard((images, labels, mask)),
-      tell(stop=True),
+      message(stop=True),
     )
   )
   logits = np.asarray(

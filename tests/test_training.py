@@ -1,6 +1,7 @@
 """Whole runs in this process: what they write, and how they end."""
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -8,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from runs import last_state, listing
 
@@ -20,7 +22,7 @@ from skipinit_jax.training.evaluate import evaluate
 from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.loop import evaluate_latest
 from skipinit_jax.training.metrics import read_metrics
-from skipinit_jax.training.program import initial_state, make_program
+from skipinit_jax.training.program import make_program
 from skipinit_jax.training.resume import restore_or_create
 from skipinit_jax.training.saved import load_run
 from skipinit_jax.training.workdir import open_workdir, record_changes
@@ -180,10 +182,10 @@ def test_nothing_is_watched_unless_asked(done):
   assert not any(kinds & line.keys() for line in read_metrics(workdir))
   data = open_dataset(config.data)
   program = make_program(config, data)
-  state = jax.eval_shape(lambda: initial_state(program, config, data, 0, 1.0))
+  state = jax.eval_shape(program.initial_state, 0, 1.0)
   batch, _ = next(data.inputs(devices.replicate, config, 0))
   _, metrics = jax.eval_shape(
-    program.train_step, state, batch, devices.tell(), 1
+    program.train_step, state, batch, devices.message(), 1
   )
   assert not kinds & metrics.keys()
 
@@ -277,7 +279,7 @@ def test_changes_can_be_accepted_and_some_fields_are_free(tmp_path):
 
 
 def test_free_fields_exist():
-  names = changes.flatten(default_config().to_dict()).keys()
+  names = flatten_dict(default_config().to_dict(), sep='.').keys()
   assert set(changes.FREE) - names == {'data.dir', 'data.workers'}
 
 
@@ -376,10 +378,11 @@ def test_going_back_completes_with_a_smaller_rate(tmp_path):
 
 @pytest.mark.parametrize('size', [1, 12, 29, 64])
 def test_evaluation_counts_every_image_once_at_any_batch_size(size, evaluated):
-  config, program, data, state, expected = evaluated
-  config = copy.deepcopy(config)
+  program, state, expected = evaluated
+  config = copy.deepcopy(program.config)
   config.eval_batch_size = size
-  ours = evaluate(program, state, config, data)['eval']
+  program = dataclasses.replace(program, config=config)
+  ours = evaluate(program, state)['eval']
   assert ours == pytest.approx(expected, rel=1e-4)
 
 
@@ -392,7 +395,7 @@ def evaluated(tmp_path_factory):
   data = open_dataset(config.data)
   program = make_program(config, data)
   with Checkpoints(workdir, config, print) as checkpoints:
-    _, state = restore_or_create(program, config, data, checkpoints)
+    _, state = restore_or_create(program, checkpoints)
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
   variables = jax.device_get(variables)
   images = (data.eval_images - data.augmentation.mean) / data.augmentation.std
@@ -405,7 +408,7 @@ def evaluated(tmp_path_factory):
     'top5': (ranks < 5).mean(),
     'loss': (log_sum - logits[np.arange(29), labels]).mean(),
   }
-  return config, program, data, state, expected
+  return program, state, expected
 
 
 # Networks of both forms.

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import math
 import re
 import time
@@ -23,7 +22,7 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.describe import less_memory
 from skipinit_jax.training.network import build_model
-from skipinit_jax.training.program import Program, initial_state, make_program
+from skipinit_jax.training.program import Program, make_program
 
 MICRO_BATCHES = (1, 2, 4, 8)
 LARGEST_BATCH = 2**14  # A chip, where the search for one ends.
@@ -43,7 +42,7 @@ class StandIn:
   Attributes:
     name, num_classes, image_shape, train_size, augmentation, choose: as of
       `data.Resident` or `data.Stream`.
-    input_axis: 0 for batches that are streamed, None for arrays on the device.
+    resident: whether its arrays are on the device, or batches are streamed.
   """
 
   name: str
@@ -51,11 +50,11 @@ class StandIn:
   image_shape: tuple[int, int, int]
   train_size: int
   augmentation: Any
-  input_axis: int | None
+  resident: bool
 
   def choose(self, *args) -> Any:
     """As that of the data set."""
-    of = Resident if self.input_axis is None else Stream
+    of = Resident if self.resident else Stream
     return of.choose(self, *args)
 
 
@@ -77,7 +76,6 @@ def stand_in(config: ConfigDict) -> StandIn:
       f'data.name={config.name!r}: its sizes are not in the recipe; compile '
       f'for one of {", ".join(SIZES)}, or for synthetic with its sizes'
     )
-  streamed = config.name == 'imagenet2012'
   return StandIn(
     name=config.name,
     num_classes=classes,
@@ -86,7 +84,7 @@ def stand_in(config: ConfigDict) -> StandIn:
     augmentation=augmentation(
       config, classes, shape, *np.full((2, shape[-1]), 127.5)
     ),
-    input_axis=0 if streamed else None,
+    resident=config.name != 'imagenet2012',
   )
 
 
@@ -161,15 +159,13 @@ def compute(
   check_config(config, n)
   data = stand_in(config.data)
   program = make_program(config, data, where.devices)
-  state = jax.eval_shape(
-    functools.partial(initial_state, program, config, data), 0, 0.0
-  )
-  host = {name: _shape((n,), np.int32) for name in ('stop', 'replaced')}
-  if data.input_axis is None:
+  state = jax.eval_shape(program.initial_state, 0, 0.0)
+  message = {name: _shape((n,), np.int32) for name in ('stop', 'replaced')}
+  if data.resident:
     inputs = _resident(data)
   else:
     inputs = _batch((n, config.batch_size // n), data)
-  return program, data, (state, inputs, host, 1)
+  return program, data, (state, inputs, message, 1)
 
 
 def cost(step: Callable, args: tuple, where: Slice) -> dict[str, Any]:

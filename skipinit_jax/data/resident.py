@@ -40,8 +40,8 @@ class Resident:
   eval_labels: np.ndarray
   augmentation: Augmentation
 
-  # Every device holds the whole data set, see `step.map_over_devices`.
-  input_axis: ClassVar[None] = None
+  # Every device holds the whole data set, see `training.devices`.
+  resident: ClassVar[bool] = True
 
   def __post_init__(self):
     classes = self.num_classes

@@ -33,8 +33,8 @@ class Stream:
   images: Images
   augmentation: Augmentation
 
-  # Each device gets its share of the batch, see `step.map_over_devices`.
-  input_axis: ClassVar[int] = 0
+  # Each device gets its share of the batch, see `training.devices`.
+  resident: ClassVar[bool] = False
 
   @property
   def name(self) -> str:

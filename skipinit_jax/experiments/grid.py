@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from skipinit_jax.experiments.studies import Grid
-from skipinit_jax.training.changes import FREE, flatten
+from skipinit_jax.training.changes import FREE
 from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.variants import VARIANTS
@@ -63,7 +64,7 @@ class Run:
   @functools.cached_property
   def id(self) -> str:
     """Twelve digits that stand for all that changes the run's numbers."""
-    fields = flatten(self.config.to_dict())
+    fields = flatten_dict(self.config.to_dict(), sep='.')
     for name in FREE:
       fields.pop(name, None)
     text = dumps(fields, sort_keys=True)

@@ -1,4 +1,4 @@
-"""Fields of a run that change while it goes on: which may, and from when."""
+"""Fields of a run that change between its parts: which may, and from when."""
 
 import math
 import os
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.files import DamagedFile, read_json
@@ -13,8 +14,8 @@ from skipinit_jax.training.config import default_config
 from skipinit_jax.training.lines import is_number
 
 CONFIG = 'config.json'
-CHANGES = 'changes'  # In it, beside the fields.
-# Fields that may differ when a run goes on: they don't change its numbers.
+CHANGES = 'changes'  # In config.json, beside the fields.
+# Fields that may differ when a run resumes: they don't change its numbers.
 FREE = (
   'eval_batch_size',
   'checkpoint_every_steps',
@@ -32,10 +33,10 @@ FREE = (
   'profile_at',
   'profile_steps',
 )
-# Other fields of the network and the images are what the run is about.
+# The other fields of the network and of the images define the run.
 OF_MODEL = ('dropout', 'statistics_group', 'scan', 'remat')
 OF_DATA = ('shift', 'flip', 'area', 'aspect', 'cutout', 'mixup', 'cutmix')
-# The optimizer's state has a part for each of these that is set.
+# Each of these that is set has a part in the training state.
 PARTS = (
   'ema_decay',
   'optimizer.l2',
@@ -44,13 +45,13 @@ PARTS = (
   'optimizer.reduced_rate',
 )
 RATE = ('optimizer.learning_rate', 'optimizer.reference_batch')
-SHOWN = 2  # Of the fields that differ, in an error.
+SHOWN = 2  # Fields named in an error, of those that differ.
 
 
 def read_config(
   workdir: os.PathLike | str,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-  """The fields in a workdir's config.json, None if none, and their changes.
+  """The fields in a workdir's config.json (None: no file), and their changes.
 
   Raises:
     DamagedFile: it is not the config of a run.
@@ -69,17 +70,17 @@ def read_config(
 def differences(
   theirs: Mapping[str, Any], ours: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-  """The fields that make another run, changed from a step not yet known.
+  """The fields that change the numbers of a run, but for those in FREE.
 
   Args:
-    theirs: the config of the run that is there, nested.
-    ours: the config to go on with.
+    theirs: the config in the workdir, nested.
+    ours: the config to resume with.
 
   Returns:
-    Of each field, `field`, `old`, `new` and `step`, the number of steps made
-    before the change; infinity as long as nothing is made with it.
+    For each field: `field`, `old`, `new` and `step`, the number of steps made
+    before the change; infinity until a step is made with it.
   """
-  theirs, ours = flatten(theirs), flatten(ours)
+  theirs, ours = flatten_dict(theirs, sep='.'), flatten_dict(ours, sep='.')
   return [
     {
       'step': math.inf,
@@ -95,13 +96,13 @@ def differences(
 def check_changes(
   workdir: Any, changes: Iterable[Mapping[str, Any]], made: int, total: int
 ) -> None:
-  """Raises InputError for a change that can't take effect any more.
+  """Raises InputError for a change that can no longer take effect.
 
   Args:
     workdir: of the run.
-    changes: of `differences`.
-    made: steps that are made, and saved.
-    total: steps of the whole run, as it is to be now.
+    changes: from `differences`.
+    made: steps made and saved.
+    total: steps of the whole run by the new config.
   """
   for change in changes:
     field, old, new = change['field'], change['old'], change['new']
@@ -129,36 +130,25 @@ def _can_change(field: str, old: Any, new: Any) -> bool:
 
 
 def describe_changes(changes: Sequence[Mapping[str, Any]]) -> str:
-  """The first of the fields that differ, with both values."""
+  """The first fields that differ, with both values."""
   more = len(changes) - SHOWN
   shown = '; '.join(map(_shown, changes[:SHOWN]))
   return shown + (f'; and {more} more' if more > 0 else '')
 
 
 def changes_rate(changes: Iterable[Mapping[str, Any]], step: int) -> bool:
-  """Whether the state saved at `step` has the rate from before a change."""
+  """Whether the learning rate changed after the state of `step` was saved."""
   return any(c['field'] in RATE and c['step'] >= step for c in changes)
 
 
 def _are_changes(value: Any) -> bool:
-  """Whether this is what config.json may hold under CHANGES."""
+  """Whether `value` is what `differences` returns."""
   return isinstance(value, list) and all(
     isinstance(change, dict)
     and change.keys() == {'step', 'field', 'old', 'new'}
     and is_number(change['step'])
     for change in value
   )
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Nested dicts as one, with dotted names."""
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      flat |= flatten(value, f'{prefix}{name}.')
-    else:
-      flat[prefix + name] = value
-  return flat
 
 
 def _shown(change: Mapping[str, Any]) -> str:

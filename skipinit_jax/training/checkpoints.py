@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
@@ -21,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.files import DamagedFile, retry
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
-from skipinit_jax.training.changes import FREE, flatten, read_config
+from skipinit_jax.training.changes import FREE, read_config
 from skipinit_jax.training.devices import replicate
 from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.step import TrainState
@@ -332,7 +333,7 @@ class _reasons:
 
 def run_fields(config: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of a config that make its run, by dotted name, as in JSON."""
-  fields = flatten(json.loads(dumps(config)))
+  fields = flatten_dict(json.loads(dumps(config)), sep='.')
   return {
     name: value
     for name, value in fields.items()

@@ -1,7 +1,5 @@
 """What a run says about its recipe."""
 
-from typing import Any
-
 import jax
 from etils import epath
 from ml_collections import ConfigDict
@@ -11,6 +9,7 @@ from skipinit_jax.models.parameters import count_parameters
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training.network import build_method
 from skipinit_jax.training.optimizer import peak_rate
+from skipinit_jax.training.program import Program
 from skipinit_jax.training.step import TrainState
 from skipinit_jax.training.timetable import Timetable
 from skipinit_jax.variants import VARIANTS
@@ -41,49 +40,54 @@ def less_memory(config: ConfigDict) -> str:
 
 
 def describe(
-  config: ConfigDict,
-  model: ResNet,
-  data: Any,
+  program: Program,
   state: TrainState,
   times: Timetable,
   workdir: epath.Path,
 ) -> str:
   """The lines that a run starts with."""
+  config, data, model = program.config, program.data, program.model
   devices = jax.devices()
-  method = build_method(config)
-  name = config.model.method
-  if method.alpha is not None:
-    name += f' (alpha at {method.alpha_value(model.num_blocks):.4g})'
-  counts = count_parameters(state.params)
-  decay = config.optimizer.decay if config.optimizer.l2 else ()
+  platform = devices[0].platform
   start = int(state.step)
   lines = [
     f'workdir: {workdir}',
-    f'devices: {len(devices)} x {devices[0].device_kind} '
-    f'({devices[0].platform}), {model.dtype} computation',
+    f'devices: {len(devices)} x {devices[0].device_kind} ({platform}), '
+    f'{model.dtype} computation',
     f'data: {data.name}, {data.train_size:,} images to train on, '
     f'{data.eval_size:,} to evaluate on, {data.num_classes} classes',
     f'model: {config.model.name} of depth {config.model.depth}, '
-    f'{model.num_blocks} residual blocks, {name}',
-    'parameters: '
-    + ', '.join(
-      f'{label} {arrays} arrays of {elements:,}'
-      + (' (decays)' if label in decay else '')
-      for label, (arrays, elements) in counts.items()
-    ),
+    f'{model.num_blocks} residual blocks, {config.model.method}'
+    + _alpha(model),
+    f'parameters: {_parameters(config, state)}',
     f'training: {times.total:,} steps of {config.batch_size} images, peak rate '
     f'{peak_rate(config):.4g}' + (f', from step {start:,}' if start else ''),
   ]
-  if devices[0].platform == 'cpu' and (fields := loops(config)):
+  if platform == 'cpu' and (fields := loops(config)):
     lines.append(
       f'note: {", ".join(fields)}: on a CPU a convolution inside a loop is 10 '
       'to 40 times slower (jax issue 12868)'
     )
-  if method.normalize:
+  if model.method.normalize:
     lines.append(f'batch statistics over: {_group(config)}')
   elif config.batch_size >= LARGE_BATCH:
     lines.append(_large_batch_warning(config))
   return '\n'.join(lines)
+
+
+def _alpha(model: ResNet) -> str:
+  if model.method.alpha is None:
+    return ''
+  return f' (alpha at {model.method.alpha_value(model.num_blocks):.4g})'
+
+
+def _parameters(config: ConfigDict, state: TrainState) -> str:
+  decaying = config.optimizer.decay if config.optimizer.l2 else ()
+  return ', '.join(
+    f'{label} {arrays} arrays of {elements:,}'
+    + (' (decays)' if label in decaying else '')
+    for label, (arrays, elements) in count_parameters(state.params).items()
+  )
 
 
 def _group(config: ConfigDict) -> str:

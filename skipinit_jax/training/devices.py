@@ -26,7 +26,7 @@ AXIS = 'batch'
 
 def map_over_devices(
   step: Callable,
-  in_axes: tuple,
+  split: Sequence[bool],
   devices: Sequence[jax.Device] | None = None,
   **pmap_args,
 ) -> Callable:
@@ -34,22 +34,32 @@ def map_over_devices(
 
   Args:
     step: pure, under the mapped axis `AXIS`.
-    in_axes: by argument, None for ordinary replicated trees, 0 for leaves
-      stacked by device.
+    split: for each argument, whether its leaves are stacked by device, or the
+      same on all devices.
     devices: to compile for; None: all of every process.
     **pmap_args: more arguments of `jax.pmap`.
 
   Returns:
     The mapped step, whose results are not stacked.
   """
+  if not any(split):  # pmap needs one argument that is stacked.
+    mapped = map_over_devices(
+      lambda *args: step(*args[:-1]), (*split, True), devices, **pmap_args
+    )
+    return lambda *args: mapped(*args, message())
   return jax.pmap(
     step,
     axis_name=AXIS,
-    in_axes=in_axes,
+    in_axes=tuple(0 if stacked else None for stacked in split),
     out_axes=None,
     devices=devices,
     **pmap_args,
   )
+
+
+def placement(resident: bool) -> Callable[[Any], Any]:
+  """The function that puts a data set's inputs on the devices."""
+  return replicate if resident else shard
 
 
 def replicate(tree: Any) -> Any:
@@ -71,7 +81,7 @@ def shard(tree: Any) -> Any:
 
 
 @functools.cache
-def tell(stop: bool = False, replaced: int = 0) -> dict[str, jax.Array]:
+def message(stop: bool = False, replaced: int = 0) -> dict[str, jax.Array]:
   """What this process tells the others in a step, on its devices.
 
   Args:

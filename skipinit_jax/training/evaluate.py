@@ -2,34 +2,33 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import processes
-from skipinit_jax.training.devices import shard, tell
+from skipinit_jax.training.devices import message, shard
 from skipinit_jax.training.program import Program
 from skipinit_jax.training.step import TrainState
+
+# Images uint8 (rows, height, width, channels), labels int32 (rows,), and a mask
+# bool (rows,), False for rows that only fill the batch.
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def evaluate(
   program: Program,
   state: TrainState,
-  config: ConfigDict,
-  data,
-  stop: Callable[[], bool] = lambda: False,
+  asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, float]] | None:
   """Top-1, top-5 and loss over the whole evaluation split.
 
   Args:
-    program: with the mapped `eval_step`.
+    program: of the run; the config's `eval_batch_size` is rounded up to a
+      multiple of the devices.
     state: replicated.
-    config: its `eval_batch_size` is rounded up to a multiple of the devices.
-    data: what to evaluate on, see `data.open_dataset`.
-    stop: whether this process was asked to stop.
+    asked_to_stop: whether this process was; called once a batch.
 
   Returns:
     'eval' and, where parameters are averaged, 'eval_ema': each top1 and top5 as
@@ -46,72 +45,65 @@ def evaluate(
   results = {}
   for name, parts in variables.items():
     totals: dict[str, float] = {}
-    batches = data.eval_batches(
-      eval_batch_size(config), jax.process_index(), jax.process_count()
-    )
-    for batch, trouble in _or_trouble(batches, blank(config, data)):
-      host = tell(stop=stop() or trouble is not None)
-      sums = program.eval_step(*parts, *shard(batch), host)
+    for batch, trouble in _batches(program):
+      ours = message(stop=asked_to_stop() or trouble is not None)
+      sums = program.eval_step(*parts, *shard(batch), ours)
       for key, value in jax.device_get(sums).items():
         totals[key] = totals.get(key, 0) + value.item()
       if totals['stop']:
         if trouble := processes.agree(trouble):
           raise trouble
         return None
-    results[name] = _means(totals, data.eval_size)
-    broken, share = results[name].get('unreadable', 0), config.data.bad_share
-    if broken > share * data.eval_size:
-      raise InputError(
-        f'{broken} of the {data.eval_size} images to evaluate on could not be '
-        f'read, more than data.bad_share={share}; they are named above'
-      )
+    results[name] = _means(totals, program)
   return results
 
 
-def _or_trouble(
-  batches: Iterator[Any], blank: Any
-) -> Iterator[tuple[Any, Exception | None]]:
-  """Each batch with None, or a blank one with the reason why there is none.
+def warm_up(program: Program, state: TrainState) -> None:
+  """Compiles the evaluation while a signal to stop finds nothing to save."""
+  batch = shard(_masked_batch(program))
+  sums = program.eval_step(state.params, state.batch_stats, *batch, message())
+  jax.block_until_ready(sums)
 
-  The others wait for this process in a step, so that it takes part and tells.
+
+def _batches(program: Program) -> Iterator[tuple[Batch, Exception | None]]:
+  """This process's batches, each with None.
+
+  If they can't be read, a masked batch with the reason: the other processes
+  wait for this one in a step, so it takes part and tells them.
   """
   try:
-    for batch in batches:
+    for batch in program.data.eval_batches(
+      _batch_size(program), jax.process_index(), jax.process_count()
+    ):
       yield batch, None
   except (InputError, RunError) as error:
-    yield blank, error
+    yield _masked_batch(program), error
 
 
-def blank(
-  config: ConfigDict, data: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """This process's part of a batch to evaluate on, all of it masked."""
-  rows = eval_batch_size(config) // jax.process_count()
-  images = np.zeros((rows, *data.image_shape), np.uint8)
+def _masked_batch(program: Program) -> Batch:
+  rows = _batch_size(program) // jax.process_count()
+  images = np.zeros((rows, *program.data.image_shape), np.uint8)
   return images, np.zeros(rows, np.int32), np.zeros(rows, bool)
 
 
-def eval_batch_size(config: ConfigDict) -> int:
-  """The recipe's, over all devices, rounded up to a multiple of them."""
+def _batch_size(program: Program) -> int:
+  """Over all devices, and a multiple of them."""
   n = jax.device_count()
-  return math.ceil(config.eval_batch_size / n) * n
+  return math.ceil(program.config.eval_batch_size / n) * n
 
 
-def _means(totals: dict[str, float], eval_size: int) -> dict[str, float]:
-  seen, read = totals['seen'], totals['read']
-  assert seen == eval_size, f'evaluated {seen} of {eval_size} examples'
+def _means(totals: dict[str, float], program: Program) -> dict[str, float]:
+  seen, read, size = totals['seen'], totals['read'], program.data.eval_size
+  assert seen == size, f'evaluated {seen} of {size} examples'
+  broken, share = seen - read, program.config.data.bad_share
+  if broken > share * size:
+    raise InputError(
+      f'{broken} of the {size} images to evaluate on could not be read, more '
+      f'than data.bad_share={share}; they are named above'
+    )
   means = {
     'top1': totals['top1'] / seen,
     'top5': totals['top5'] / seen,
     'loss': totals['loss'] / max(read, 1),
   }
-  return means | ({'unreadable': seen - read} if read < seen else {})
-
-
-def warm_up(
-  program: Program, state: TrainState, config: ConfigDict, data: Any
-) -> None:
-  """Compiles the evaluation while a signal to stop finds nothing to save."""
-  batch = shard(blank(config, data))
-  sums = program.eval_step(state.params, state.batch_stats, *batch, tell())
-  jax.block_until_ready(sums)
+  return means | ({'unreadable': broken} if broken else {})

@@ -1,11 +1,12 @@
 """Training: the order of things, nothing else."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import jax
 from etils import epath
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.models.parameters import alphas, block_names
-from skipinit_jax.training import devices, processes
+from skipinit_jax.training import devices, processes, resume
 from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.describe import describe
@@ -25,17 +26,17 @@ from skipinit_jax.training.metrics import Reporter, read_evals, say
 from skipinit_jax.training.profile import Profiler
 from skipinit_jax.training.program import Program, make_program
 from skipinit_jax.training.result import take_result, write_result
-from skipinit_jax.training.resume import go_back, may_go_back, restore_or_create
 from skipinit_jax.training.signals import Stopped, StopRequest
+from skipinit_jax.training.step import TrainState
 from skipinit_jax.training.timetable import Timetable, make_timetable
 from skipinit_jax.training.watchdog import Watchdog
 from skipinit_jax.training.workdir import open_workdir, record_changes
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
-  """Trains what `config` says and leaves everything in `workdir`.
+def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
+  """Trains a recipe and leaves everything in `workdir`.
 
-  Called again with the same arguments, goes on from the last checkpoint, or
+  Called again with the same arguments, it resumes from the last checkpoint, or
   returns the result of a run that has ended.
 
   Args:
@@ -46,183 +47,248 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     What `result.json` holds, see `training.result`.
 
   Raises:
-    InputError: a recipe that can't run, or a workdir of another run, or one
-      whose run is going on; one line, before anything is compiled or written.
-      In mid-run, too many images that can't be read; all steps made are saved.
-    RunError: the run can't go on, for a reason outside it; what was saved stays
-      good. Images that can't be read for a reason of the system: all steps made
-      are saved.
+    InputError: a recipe that can't run, a workdir of another run, or one whose
+      run is still going; one line, before anything is compiled or written. In
+      mid-run: too many images that can't be read; all steps made are saved.
+    RunError: the run can't continue for a reason outside it; what was saved
+      stays good. If images can't be read for such a reason, all steps made are
+      saved.
     Stopped: asked to stop by one of `signals.SIGNALS`; all steps made are
       saved.
   """
-  # From here on: devices, files and other processes may hang as well.
-  with Watchdog(
-    config.stuck_at_start_seconds, config.stuck_after_seconds
-  ) as watchdog:
-    return _hold_and_train(config, epath.Path(workdir), watchdog)
-
-
-def _hold_and_train(
-  config: ConfigDict, workdir: epath.Path, watchdog: Watchdog
-) -> dict:
-  """The run, in a workdir that nobody else writes to meanwhile."""
   began = time.perf_counter()
-  devices.check_devices(config)
-  check_config(config, jax.device_count())
-  data = open_dataset(config.data)
-  program = make_program(config, data)
-  times = make_timetable(config, data.train_size)
-  with hold_for_all(workdir, say) as check_held:
+  workdir = epath.Path(workdir)
+  with contextlib.ExitStack() as at_end:
+    # From here on devices, files and other processes may hang.
+    watchdog = at_end.enter_context(
+      Watchdog(config.stuck_at_start_seconds, config.stuck_after_seconds)
+    )
+    program = _open_program(config)
+    times = make_timetable(config, program.data.train_size)
+    check_held = at_end.enter_context(hold_for_all(workdir, say))
     changes = open_workdir(workdir, config, times.total)
     result = take_result(workdir)
     if result is not None and not any(c['step'] == math.inf for c in changes):
       return result
-    try:
-      return _make_steps(
-        config,
-        workdir,
-        data,
-        program,
-        times,
-        changes,
-        check_held,
-        watchdog,
-        began,
-      )
-    except (OSError, RunError) as error:
-      check_held()  # The cause, where the workdir was moved away.
-      if isinstance(error, RunError):
-        raise
-      reason = error.strerror or error
-      raise RunError(f'{error.filename or workdir}: {reason}') from error
 
-
-def _make_steps(
-  config: ConfigDict,
-  workdir: epath.Path,
-  data: Any,
-  program: Program,
-  times: Timetable,
-  changes: Sequence[dict[str, Any]],
-  check_held: Callable[[], None],
-  watchdog: Watchdog,
-  began: float,
-) -> dict:
-  """The steps that are left, and the result."""
-  devices.set_compilation_cache(config.compilation_cache)
-
-  place = devices.replicate if data.input_axis is None else devices.shard
-  with (
-    StopRequest(say) as request,
-    Checkpoints(workdir, config, say) as checkpoints,
-    contextlib.ExitStack() as at_end,
-    contextlib.ExitStack() as open_inputs,
-  ):
-
-    def feed(step: int) -> Feed:
-      open_inputs.close()  # Those from before going back.
-      inputs = data.inputs(place, config, step)
-      open_inputs.enter_context(contextlib.closing(inputs))
-      return Feed(inputs, times.total - step)
-
-    def asked() -> bool:
-      watchdog.beat()
-      check_held()
-      return request.requested is not None
-
-    step, state = restore_or_create(program, config, data, checkpoints, changes)
+    at_end.enter_context(_errors_in_one_line(workdir, check_held))
+    devices.set_compilation_cache(config.compilation_cache)
+    request = at_end.enter_context(StopRequest(say))
+    checkpoints = at_end.enter_context(Checkpoints(workdir, config, say))
+    step, state = resume.restore_or_create(program, checkpoints, changes)
     record_changes(workdir, config, changes, step)
-    blocks = block_names(state.params)
-    reporter = Reporter(
-      workdir,
-      step,
-      times,
-      config.batch_size,
-      {
-        'alpha': [*alphas(state.params)],
-        **dict.fromkeys(('branch_share', 'block_grad_norm'), blocks),
-      },
-      config.data.bad_share,
-    )
+    reporter = _open_reporter(workdir, config, times, step, state)
     at_end.callback(reporter.close)
-    reporter.say(describe(config, program.model, data, state, times, workdir))
-    warm_up(program, state, config, data)
-    inputs = feed(step)
-    profiler = Profiler(config, workdir)
-    # Step of the last evaluation.
-    seen = max((e['step'] for e in read_evals(workdir, step)), default=0)
+    reporter.say(describe(program, state, times, workdir))
+    warm_up(program, state)
+    feed = Feed(program, times.total)
+    at_end.callback(feed.close)
+    feed.start(step)
+    run = Run(
+      program=program,
+      times=times,
+      check_held=check_held,
+      watchdog=watchdog,
+      request=request,
+      checkpoints=checkpoints,
+      reporter=reporter,
+      feed=feed,
+      profiler=Profiler(config, workdir),
+      step=step,
+      state=state,
+      evaluated=max((e['step'] for e in read_evals(workdir, step)), default=0),
+    )
+    run.make_steps()
+    run.end()
+    return write_result(
+      workdir,
+      run.state,
+      reporter,
+      program.data,
+      seconds=time.perf_counter() - began,
+    )
 
-    stopped, trouble = False, None
-    while not (reporter.diverged or stopped):
-      # First what is due: a run that was stopped here begins with it.
+
+@dataclasses.dataclass
+class Run:
+  """A run in progress.
+
+  Attributes:
+    program: what is computed.
+    times: what is due when.
+    check_held: raises RunError if the workdir is no longer this process's.
+    watchdog: ends the process if nothing happens for too long.
+    request: whether this process was asked to stop.
+    checkpoints, reporter, feed, profiler: where steps go to and come from.
+    step: steps made.
+    state: after these, on the devices.
+    evaluated: steps made at the last evaluation.
+    stopped: whether all processes stop before the end, after `step`.
+    trouble: why, unless by request.
+  """
+
+  program: Program
+  times: Timetable
+  check_held: Callable[[], None]
+  watchdog: Watchdog
+  request: StopRequest
+  checkpoints: Checkpoints
+  reporter: Reporter
+  feed: Feed
+  profiler: Profiler
+  step: int
+  state: TrainState
+  evaluated: int
+  stopped: bool = False
+  trouble: InputError | RunError | None = None
+
+  def make_steps(self) -> None:
+    """Makes the steps that are left, unless the run diverges or is stopped."""
+    program, times, reporter = self.program, self.times, self.reporter
+    while not (reporter.diverged or self.stopped):
+      # What is due comes first: a run that was stopped here resumes with it.
       results = {}
-      if times.evaluates(step) and step > seen:
-        try:
-          results = evaluate(program, state, config, data, asked)
-        except (InputError, RunError) as error:  # The same in all processes.
-          results, trouble = None, error
-        if results is None:
-          stopped = True
+      if times.evaluates(self.step) and self.step > self.evaluated:
+        results = self.evaluate()
+        if self.stopped:
           break
-        reporter.eval(step, results)
-        seen = step
-      if times.saves(step):
+      if times.saves(self.step):
         reporter.sync()
-        checkpoints.save(step, state, results.get('eval'))
-        reporter.restart_clock(step)
-      if step == times.total:
+        self.checkpoints.save(self.step, self.state, results.get('eval'))
+        reporter.restart_clock(self.step)
+      if self.step == times.total:
         break
 
-      profiler.before(step)
-      with reporter.waiting():
-        batch, unreadable = next(inputs)
-      count = times.count(step)
-      host = devices.tell(
-        asked() or inputs.trouble is not None, reporter.unreadable(unreadable)
+      self.profiler.before(self.step)
+      batch, message = self.next_batch()
+      if self.step == 0 and times.watches(0):
+        reporter.watch(0, program.watch_step(self.state, batch))
+      count = times.count(self.step)
+      self.state, metrics = program.train_step(
+        self.state, batch, message, count
       )
-      if step == 0 and times.watches(0):
-        reporter.watch(0, program.watch_step(state, batch, host))
-      state, metrics = program.train_step(state, batch, host, count)
-      step += count
-      if times.watches(step):
-        metrics |= program.watch_step(state, batch, host)
-      reporter.train(step, count, metrics)
-      request.nothing_to_lose = False
-      watchdog.beat(step)
-      if times.evaluates(step) or times.saves(step):
+      self.step += count
+      if times.watches(self.step):
+        metrics |= program.watch_step(self.state, batch)
+      reporter.train(self.step, count, metrics)
+      self.request.nothing_to_lose = False
+      self.watchdog.beat(self.step)
+      if times.evaluates(self.step) or times.saves(self.step):
         reporter.flush()
-      if reporter.diverged and may_go_back(state, config):
-        step, state = go_back(state, program, config, data, checkpoints)
-        reporter.go_back(step)
-        inputs = feed(step)
-        seen = step
-      stopped = reporter.stop
-
+      if reporter.diverged and resume.may_go_back(self.state, program.config):
+        self.go_back()
+      self.stopped = reporter.stop
     reporter.flush()
-    profiler.close()
-    check_held()
-    if stopped:
-      if not reporter.diverged:
-        reporter.sync()
-        checkpoints.save(step, state)
-        checkpoints.wait()
-      trouble = trouble or reporter.trouble or processes.agree(inputs.trouble)
-      if trouble:
-        raise type(trouble)(f'{trouble}; step {int(state.step):,} is saved')
-      raise Stopped(request.requested, int(state.step))
-    if reporter.diverged:
-      step = int(state.step)  # That of the last finite parameters.
-      if step > seen or step == 0:
-        reporter.eval(step, evaluate(program, state, config, data))
-    checkpoints.wait()
-    reporter.close()
-    return write_result(
-      workdir, state, reporter, data, seconds=time.perf_counter() - began
+    self.profiler.close()
+
+  def asked_to_stop(self) -> bool:
+    """Whether this process was; also a sign of life, and a look at the lock."""
+    self.watchdog.beat()
+    self.check_held()
+    return self.request.requested is not None
+
+  def evaluate(self) -> dict[str, dict[str, float]]:
+    """Evaluates and reports; {} if all processes stop instead."""
+    try:
+      results = evaluate(self.program, self.state, self.asked_to_stop)
+    except (InputError, RunError) as error:  # The same in all processes.
+      results, self.trouble = None, error
+    if results is None:
+      self.stopped = True
+      return {}
+    self.reporter.eval(self.step, results)
+    self.evaluated = self.step
+    return results
+
+  def next_batch(self) -> tuple[Any, dict[str, jax.Array]]:
+    """The inputs of the next step, and the message of this process in it."""
+    with self.reporter.waiting():
+      batch, unreadable = next(self.feed)
+    stop = self.asked_to_stop() or self.feed.trouble is not None
+    return batch, devices.message(stop, self.reporter.unreadable(unreadable))
+
+  def go_back(self) -> None:
+    """Returns to the last checkpoint, with a smaller learning rate."""
+    self.step, self.state = resume.go_back(
+      self.program, self.state, self.checkpoints
     )
+    self.reporter.go_back(self.step)
+    self.feed.start(self.step)
+    self.evaluated = self.step
+
+  def end(self) -> None:
+    """Leaves all in the workdir.
+
+    Raises:
+      InputError, RunError, Stopped: the run stops before its end; see `train`.
+    """
+    self.check_held()
+    if self.stopped:
+      self.stop()
+    if self.reporter.diverged:
+      step = int(self.state.step)  # That of the last finite parameters.
+      if step > self.evaluated or step == 0:
+        self.reporter.eval(step, evaluate(self.program, self.state))
+    self.checkpoints.wait()
+    self.reporter.close()
+
+  def stop(self) -> NoReturn:
+    """Saves the steps made, and raises the reason to stop."""
+    if not self.reporter.diverged:
+      self.reporter.sync()
+      self.checkpoints.save(self.step, self.state)
+      self.checkpoints.wait()
+    step = int(self.state.step)
+    trouble = self.trouble or self.reporter.trouble
+    if trouble := trouble or processes.agree(self.feed.trouble):
+      raise type(trouble)(f'{trouble}; step {step:,} is saved')
+    raise Stopped(self.request.requested, step)
 
 
-def evaluate_latest(config: ConfigDict, workdir: str | os.PathLike) -> dict:
-  """Evaluates the newest checkpoint of a run, which may be going on.
+def _open_program(config: ConfigDict) -> Program:
+  """Checks a recipe and the devices, and opens its data set."""
+  devices.check_devices(config)
+  check_config(config, jax.device_count())
+  return make_program(config, open_dataset(config.data))
+
+
+def _open_reporter(
+  workdir: epath.Path,
+  config: ConfigDict,
+  times: Timetable,
+  step: int,
+  state: TrainState,
+) -> Reporter:
+  blocks = block_names(state.params)
+  names = {
+    'alpha': [*alphas(state.params)],
+    'branch_share': blocks,
+    'block_grad_norm': blocks,
+  }
+  return Reporter(
+    workdir, step, times, config.batch_size, names, config.data.bad_share
+  )
+
+
+@contextlib.contextmanager
+def _errors_in_one_line(
+  workdir: epath.Path, check_held: Callable[[], None]
+) -> Iterator[None]:
+  """Turns errors of the system into RunErrors that name a file."""
+  try:
+    yield
+  except (OSError, RunError) as error:
+    check_held()  # The cause, if the workdir was moved away.
+    if isinstance(error, RunError):
+      raise
+    reason = error.strerror or error
+    raise RunError(f'{error.filename or workdir}: {reason}') from error
+
+
+def evaluate_latest(
+  config: ConfigDict, workdir: str | os.PathLike
+) -> dict[str, Any]:
+  """Evaluates the newest checkpoint of a run, which may still be going.
 
   Nothing in the workdir is changed.
 
@@ -237,15 +303,12 @@ def evaluate_latest(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     InputError: a recipe that can't run, or a workdir without a checkpoint.
   """
   workdir = epath.Path(workdir)
-  devices.check_devices(config)
-  check_config(config, jax.device_count())
   if not (workdir / FOLDER).is_dir():
     raise InputError(f'{workdir} holds no checkpoint')
-  data = open_dataset(config.data)
-  program = make_program(config, data)
+  program = _open_program(config)
   devices.set_compilation_cache(config.compilation_cache)
   with Checkpoints(workdir, config, say, read_only=True) as checkpoints:
     if not checkpoints.steps():
       raise InputError(f'{workdir} holds no checkpoint')
-    step, state = restore_or_create(program, config, data, checkpoints)
-  return {'step': step, **evaluate(program, state, config, data)}
+    step, state = resume.restore_or_create(program, checkpoints)
+  return {'step': step, **evaluate(program, state)}

@@ -13,6 +13,7 @@ from skipinit_jax.models.blocks import check_choices
 from skipinit_jax.models.methods import Method, he_normal, resolve_method
 from skipinit_jax.models.resnet import RESNETS, ResNet, WideResNet
 from skipinit_jax.models.stages import unstack_blocks
+from skipinit_jax.training.devices import AXIS
 
 # Blocks in a stage from which an unrolled program takes minutes to compile (by
 # the TPU compiler, 48 blocks in all: two; a scan of any number: half of one).
@@ -54,7 +55,7 @@ def build_model(
     'scan': bool(model.scan),
     'remat': model.remat,
     'statistics_group': int(group) if group.isdecimal() else None,
-    'axis_name': 'batch' if group == 'all' else None,
+    'axis_name': AXIS if group == 'all' else None,
     'dtype': dtype,
   }
   if model.name == 'wide_resnet':

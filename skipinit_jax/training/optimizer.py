@@ -1,4 +1,4 @@
-"""SGD with momentum, its schedules, and what it does to which parameters."""
+"""SGD with momentum: its schedules, clipping, and rates by parameter."""
 
 import math
 from typing import Any
@@ -17,16 +17,16 @@ CLASSIFIER = 'classifier'
 
 
 def make_schedule(config: ConfigDict, train_size: int) -> optax.Schedule:
-  """The learning rate by step, as a share of its peak.
+  """The learning rate by step, as a fraction of its peak.
 
-  constant: 1. halving: constant for `hold_epochs`, then halved
-  every `every_epochs` (De & Smith 2020 on CIFAR: 100, then every 10). step:
-  times `factor` at each of `boundaries`. cosine: to 0 at the end of training
-  (on ImageNet, after 5 epochs of warm-up). The warm-up is linear from 0 and
-  goes before any of them; durations count from the start of training.
+  constant: 1. halving: constant for `hold_epochs`, then halved every
+  `every_epochs` (De & Smith 2020 on CIFAR: 100, then every 10). step: times
+  `factor` at each of `boundaries`. cosine: to 0 at the end of training (on
+  ImageNet, after 5 epochs of warmup). A linear warmup from 0 comes before any
+  of them; durations count from the start of training.
 
   Raises:
-    InputError: `every_epochs` of less than one step.
+    InputError: `every_epochs` is less than one step.
   """
   schedule = config.schedule
 
@@ -50,7 +50,7 @@ def make_schedule(config: ConfigDict, train_size: int) -> optax.Schedule:
           f'than one step of batch_size={config.batch_size}; expected at least '
           f'{least:g}'
         )
-      # So many halvings leave nothing of a float32.
+      # 150 halvings leave nothing of a float32.
       boundaries = [hold + i * every for i in range(150)]
       factor, boundaries = 0.5, [b for b in boundaries if b < config.epochs]
     scales: dict[int, float] = {}
@@ -69,11 +69,11 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """SGD: clipping, L2, rates by parameter, momentum; in this order.
 
-  Updates are for a rate of 1: the step multiplies them by its own, so that
-  there is one count of steps.
+  Updates are for a learning rate of 1; the training step multiplies them by the
+  rate, so that only the state counts steps.
 
-  L2 is the gradient of l2/2 ||w||^2 for the leaves that decay, so it passes
-  through the momentum; it is not clipped.
+  L2 is the gradient of l2/2 ||w||^2 for the leaves that decay: it passes
+  through the momentum, and is not clipped.
   """
   optimizer = config.optimizer
   transforms = []
@@ -89,7 +89,7 @@ def make_optimizer(
       )
     )
   if method.reduced_rate is not None and optimizer.reduced_rate:
-    # A share of the rate *before* it was scaled with the batch.
+    # A fraction of the rate *before* it was scaled with the batch.
     factor = method.reduced_rate * optimizer.learning_rate / peak_rate(config)
     transforms.append(optax.masked(optax.scale(factor), _all_but_kernels))
   return optax.chain(
@@ -102,8 +102,8 @@ def adaptive_clip(threshold: float) -> optax.GradientTransformation:
   """Adaptive gradient clipping (Brock et al. 2021, eq. 3), eps = 1e-3.
 
   The gradient G_i of each output unit i is scaled down to
-  threshold * max(||W_i||, eps) where it is longer; norms over all axes of a
-  kernel but the last, vectors and scalars as a whole. The classifier is exempt.
+  threshold * max(||W_i||, eps) if it is longer. Norms are over all axes of a
+  kernel but the last, and over whole vectors. The classifier is exempt.
   """
 
   def axes(path, param) -> str:
@@ -132,7 +132,7 @@ def _all_but_kernels(params: Any) -> Any:
 
 
 def peak_rate(config: ConfigDict) -> float:
-  """The recipe's learning rate, scaled with the batch where it says so."""
+  """The learning rate, scaled with the batch if there is a reference batch."""
   optimizer = config.optimizer
   scale = config.batch_size / (optimizer.reference_batch or config.batch_size)
   return optimizer.learning_rate * scale

@@ -1,4 +1,4 @@
-"""What a recipe computes: its network, its optimizer and its two steps."""
+"""What a recipe computes: its network, its optimizer and its steps."""
 
 import dataclasses
 import functools
@@ -8,19 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training import step as steps
 from skipinit_jax.training.devices import map_over_devices
-from skipinit_jax.training.network import (
-  build_method,
-  build_model,
-  init_variables,
-)
+from skipinit_jax.training.network import build_model, init_variables
 from skipinit_jax.training.optimizer import make_optimizer, make_schedule
-from skipinit_jax.training.step import TrainState, create_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +24,24 @@ class Program:
   """The computation of a run, not yet compiled.
 
   Attributes:
-    model, tx: the network, and its optimizer for a rate of 1.
-    train_step: mapped (state, inputs, host, count) -> (state, metrics), several
-      steps where count is more than 1; the state is donated. See
+    config, data: what it was made of.
+    model: the network.
+    tx: its optimizer, for a learning rate of 1.
+    initial_state: (seed, rate) -> the state before the first step; pure.
+    train_step: mapped (state, inputs, message, count) -> (state, metrics),
+      several steps where count is more than 1; the state is donated. See
       `step.train_step`.
-    watch_step: mapped (state, inputs, host) -> what is watched; see
+    watch_step: mapped (state, inputs) -> metrics of each block; see
       `step.watch_step`.
-    eval_step: mapped (params, batch_stats, images, labels, mask, host) -> sums;
-      see `step.eval_step`.
+    eval_step: mapped (params, batch_stats, images, labels, mask, message) ->
+      sums; see `step.eval_step`.
   """
 
+  config: ConfigDict
+  data: Any
   model: ResNet
   tx: optax.GradientTransformation
+  initial_state: Callable[[ArrayLike, ArrayLike], steps.TrainState]
   train_step: Callable
   watch_step: Callable
   eval_step: Callable
@@ -57,17 +59,17 @@ def make_program(
     devices: to compile for; None: all of every process.
 
   Raises:
-    InputError: a network that can't be.
+    InputError: a network that can't be built, or steps_per_call > 1 with a
+      data set that comes in batches.
   """
-  if config.steps_per_call > 1 and data.input_axis is not None:
+  if config.steps_per_call > 1 and not data.resident:
     raise InputError(
       f'steps_per_call={config.steps_per_call} is for data sets that fit on a '
       f'device; {data.name} comes in batches, one step a call'
     )
   platform = devices[0].platform if devices else None
   model = build_model(config, data.num_classes, platform)
-  schedule = make_schedule(config, data.train_size)
-  tx = make_optimizer(config, build_method(config))
+  tx = make_optimizer(config, model.method)
   of_data = {
     'model': model,
     'choose': data.choose,
@@ -84,64 +86,70 @@ def make_program(
     steps.train_step,
     gradient=gradient,
     tx=tx,
-    schedule=schedule,
+    schedule=make_schedule(config, data.train_size),
     ema_decay=config.ema_decay,
     ema_warmup=config.ema_warmup,
     log_every=config.log_every_steps,
     max_skips=config.divergence_limit if config.on_divergence == 'skip' else 0,
   )
-  eval_step = functools.partial(
-    steps.eval_step, model=model, normalize=data.augmentation.normalize
-  )
-  several = functools.partial(
-    _several, train_step, in_loop=config.steps_per_call > 1
-  )
-  watch = functools.partial(steps.watch_step, gradient=gradient, **of_data)
-
-  def watch_step(state, inputs, host):
-    del host  # pmap wants an argument that differs between devices.
-    return watch(state, inputs)
-
   return Program(
+    config=config,
+    data=data,
     model=model,
     tx=tx,
+    initial_state=functools.partial(
+      _initial_state,
+      model=model,
+      tx=tx,
+      image_shape=data.image_shape,
+      ema=config.ema_decay is not None,
+    ),
     train_step=map_over_devices(
-      several, (None, data.input_axis, 0, None), devices, donate_argnums=0
+      functools.partial(
+        _several, train_step, in_loop=config.steps_per_call > 1
+      ),
+      (False, not data.resident, True, False),
+      devices,
+      donate_argnums=0,
     ),
     watch_step=map_over_devices(
-      watch_step, (None, data.input_axis, 0), devices
+      functools.partial(steps.watch_step, gradient=gradient, **of_data),
+      (False, not data.resident),
+      devices,
     ),
-    eval_step=map_over_devices(eval_step, (None, None, 0, 0, 0, 0), devices),
+    eval_step=map_over_devices(
+      functools.partial(
+        steps.eval_step, model=model, normalize=data.augmentation.normalize
+      ),
+      (False, False, True, True, True, True),
+      devices,
+    ),
   )
 
 
-def _several(step, state, inputs, host, count, *, in_loop):
+def _initial_state(
+  seed: ArrayLike,
+  rate: ArrayLike,
+  *,
+  model: ResNet,
+  tx: optax.GradientTransformation,
+  image_shape: tuple[int, int, int],
+  ema: bool,
+) -> steps.TrainState:
+  variables = init_variables(model, image_shape, seed)
+  return steps.create_state(variables, tx, rate=rate, seed=seed, ema=ema)
+
+
+def _several(step, state, inputs, message, count, *, in_loop):
   """`count` steps in a loop on the device; without one, `count` is 1.
 
   The loop's length is an argument of the compiled program, so that a step is
   the same machine code in calls of any length: resuming stays exact.
   """
   if not in_loop:
-    return step(state, inputs, host)
-  _, shapes = jax.eval_shape(step, state, inputs, host)
+    return step(state, inputs, message)
+  _, shapes = jax.eval_shape(step, state, inputs, message)
   metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   return jax.lax.fori_loop(
-    0, count, lambda _, carry: step(carry[0], inputs, host), (state, metrics)
-  )
-
-
-def initial_state(
-  program: Program,
-  config: ConfigDict,
-  data: Any,
-  seed: jax.typing.ArrayLike,
-  rate: jax.typing.ArrayLike,
-) -> TrainState:
-  """The state before the first step; pure, for `jax.jit`."""
-  return create_state(
-    init_variables(program.model, data.image_shape, seed),
-    program.tx,
-    rate=rate,
-    seed=seed,
-    ema=config.ema_decay is not None,
+    0, count, lambda _, carry: step(carry[0], inputs, message), (state, metrics)
   )

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError, unknown
-from skipinit_jax.training.changes import flatten
 from skipinit_jax.training.checks import check_types
 
 
@@ -146,7 +146,9 @@ def _field(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
   for step in path:
     part = part.get(step) if isinstance(part, ConfigDict) else None
   if not isinstance(part, ConfigDict) or last not in part:
-    near = difflib.get_close_matches(name[:100], flatten(config.to_dict()), 1)
+    near = difflib.get_close_matches(
+      name[:100], flatten_dict(config.to_dict(), sep='.'), 1
+    )
     hint = f'; did you mean {near[0]!r}?' if near else ''
     raise InputError(f'the recipe has no field {name!r}{hint}')
   return part, last

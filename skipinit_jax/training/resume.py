@@ -1,70 +1,67 @@
-"""The state that a run starts from, resumes from, or goes back to."""
+"""The state that a run starts with, resumes from or goes back to."""
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from skipinit_jax.training.changes import (
-  changes_rate,
-)
+from skipinit_jax.training.changes import changes_rate
 from skipinit_jax.training.checkpoints import Checkpoints
 from skipinit_jax.training.devices import replicate
 from skipinit_jax.training.metrics import say
 from skipinit_jax.training.optimizer import peak_rate
-from skipinit_jax.training.program import Program, initial_state
+from skipinit_jax.training.program import Program
 from skipinit_jax.training.step import TrainState
 
 
 def restore_or_create(
   program: Program,
-  config: ConfigDict,
-  data: Any,
   checkpoints: Checkpoints,
-  changes: Sequence[dict[str, Any]] = (),
+  changes: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[int, TrainState]:
-  """The newest saved state and its step, or the one before the first step.
+  """The newest saved state and its step, or the state before the first step.
 
   Seed and learning rate are part of the state. The seed is the config's; so is
-  the rate where it was changed since, whatever divergences had made of it.
+  the rate if it was changed since, whatever divergences had made of it.
+
+  Args:
+    program: of the run.
+    checkpoints: of the run.
+    changes: of the config, see `changes.differences`.
   """
-  create = functools.partial(initial_state, program, config, data)
-  start = np.uint32(config.seed), np.float32(peak_rate(config))
-  like = jax.eval_shape(create, *start)
+  config = program.config
+  seed, rate = np.uint32(config.seed), np.float32(peak_rate(config))
+  like = jax.eval_shape(program.initial_state, seed, rate)
   step, state = checkpoints.restore_latest(like)
   if state is not None:
-    state = state.replace(seed=replicate(start[0]))
+    state = state.replace(seed=replicate(seed))
     if changes_rate(changes, step):
-      state = state.replace(rate=replicate(start[1]))
+      state = state.replace(rate=replicate(rate))
     return step, state
   # The program runs once; optimizing it takes longer than running it.
   options = {}
   if jax.default_backend() == 'cpu':
     options = {'xla_backend_optimization_level': 0}
-  return 0, replicate(jax.jit(create, compiler_options=options)(*start))
+  create = jax.jit(program.initial_state, compiler_options=options)
+  return 0, replicate(create(seed, rate))
 
 
 def may_go_back(state: TrainState, config: ConfigDict) -> bool:
-  """Whether a diverged run is to go on from its last checkpoint."""
+  """Whether a diverged run resumes from its last checkpoint."""
   limit = config.divergence_factor ** (config.divergence_limit - 0.5)
   lowest = limit * peak_rate(config)
   return config.on_divergence == 'back' and state.rate > lowest
 
 
 def go_back(
-  state: TrainState,
-  program: Program,
-  config: ConfigDict,
-  data: Any,
-  checkpoints: Checkpoints,
+  program: Program, state: TrainState, checkpoints: Checkpoints
 ) -> tuple[int, TrainState]:
   """The last saved state, with a smaller learning rate than `state`."""
-  rate = np.float32(state.rate * config.divergence_factor)
+  rate = np.float32(state.rate * program.config.divergence_factor)
   diverged = int(state.step)
-  step, state = restore_or_create(program, config, data, checkpoints)
+  step, state = restore_or_create(program, checkpoints)
   say(
     f'diverged after step {diverged:,}; back to step {step:,} with the '
     f'peak learning rate at {rate:.4g}'

@@ -18,7 +18,7 @@ from skipinit_jax.training.checkpoints import FOLDER, Checkpoints, saved_steps
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.metrics import say
 from skipinit_jax.training.optimizer import peak_rate
-from skipinit_jax.training.program import initial_state, make_program
+from skipinit_jax.training.program import make_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +109,8 @@ def load_run(checkpoint: os.PathLike | str) -> Saved:
   config, workdir, step = find_checkpoint(checkpoint)
   data = open_dataset(config.data)
   program = make_program(config, data)
-  rate, seed = np.float32(peak_rate(config)), np.uint32(config.seed)
-  like = jax.eval_shape(
-    lambda: initial_state(program, config, data, seed, rate)
-  )
+  seed, rate = np.uint32(config.seed), np.float32(peak_rate(config))
+  like = jax.eval_shape(program.initial_state, seed, rate)
   with Checkpoints(workdir, config, say, read_only=True) as checkpoints:
     if step is None:
       step, state = checkpoints.restore_latest(like)

@@ -99,7 +99,7 @@ def in_top_k(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 def train_step(
   state: TrainState,
   inputs: Any,
-  host: dict[str, jax.Array],
+  message: dict[str, jax.Array],
   *,
   gradient: Callable,
   tx: optax.GradientTransformation,
@@ -121,9 +121,9 @@ def train_step(
   Args:
     state: replicated.
     inputs: of the data set, an element of its `inputs`.
-    host: what this device's process has to tell the others, int32 (): `stop`,
+    message: what this device's process tells the others, int32 (): `stop`,
       whether it was asked to, and `replaced`, images of the batch that could
-      not be read.
+      not be read. See `devices.message`.
     gradient: of the loss, by (state, inputs); see `gradient`.
     tx, schedule: the optimizer for a rate of 1, and the learning rate by step
       as a share of the peak rate.
@@ -188,7 +188,7 @@ def train_step(
     'param_norm': param_norm,
     'skipped': state.skipped + skips,
     'finite': finite | skips,
-    **jax.lax.psum(host, AXIS),
+    **jax.lax.psum(message, AXIS),
   }
   return select(finite, updated, select(skips, passed_over, state)), metrics
 
@@ -348,7 +348,7 @@ def eval_step(
   images: jax.Array,
   labels: jax.Array,
   mask: jax.Array,
-  host: dict[str, jax.Array],
+  message: dict[str, jax.Array],
   *,
   model: nn.Module,
   normalize: Callable,
@@ -361,7 +361,7 @@ def eval_step(
     labels: int32 (share,); -1 for an image that could not be read, which
       counts as wrong and is left out of the loss.
     mask: bool (share,).
-    host: see `train_step`.
+    message: see `train_step`.
     model: the network.
     normalize: uint8 images to floating ones.
 
@@ -376,7 +376,7 @@ def eval_step(
   sums = {
     'seen': mask,
     'read': read,
-    'stop': host['stop'],
+    'stop': message['stop'],
     'top1': mask & in_top_k(logits, labels, 1),
     'top5': mask & in_top_k(logits, labels, 5),
     'loss': jnp.where(read, cross_entropy(logits, targets), 0.0),

@@ -1,4 +1,4 @@
-"""What happens at which step of a run."""
+"""Which step of a run evaluates, saves, logs or watches."""
 
 import dataclasses
 
@@ -16,11 +16,10 @@ class Timetable:
 
   Attributes:
     total: steps of the whole run.
-    log_every, eval_every, checkpoint_every: from one to the next; all of them
-      also happen at the end.
-    per_call: the most steps in one call of the device.
-    per_epoch: a real number.
-    watch_every: like the other intervals; None: never.
+    log_every, eval_every, checkpoint_every, watch_every: intervals; all of
+      these also happen at the end. None: never.
+    per_call: the most steps in one call of the devices.
+    per_epoch: steps in an epoch, not rounded.
   """
 
   total: int
@@ -44,44 +43,49 @@ class Timetable:
     return step % self.checkpoint_every == 0 or step == self.total
 
   def watches(self, step: int) -> bool:
-    """Whether a look into the blocks is due."""
+    """Whether the metrics of each block are due, see `step.watch_step`."""
     every = self.watch_every
     return every is not None and (step % every == 0 or step == self.total)
 
   def count(self, step: int) -> int:
     """Steps in the call after `step`, which ends where something is due."""
-    ends = [step + self.per_call, self.total]
-    for every in (
+    intervals = (
       self.log_every,
       self.eval_every,
       self.checkpoint_every,
       self.watch_every,
-    ):
-      if every is not None:
-        ends.append(step - step % every + every)
-    return min(ends) - step
+    )
+    due = [step - step % every + every for every in intervals if every]
+    return min(step + self.per_call, self.total, *due) - step
 
 
 def make_timetable(config: ConfigDict, train_size: int) -> Timetable:
-  """The intervals of a recipe on so many images."""
+  """The intervals of a recipe.
 
-  def steps(epochs: float) -> int:
-    return epochs_to_steps(config, epochs, train_size)
+  Args:
+    config: a recipe.
+    train_size: images in an epoch.
 
-  if steps(config.epochs) < 1:
+  Raises:
+    InputError: less than one step, or too many to count.
+  """
+  total = epochs_to_steps(config, config.epochs, train_size)
+  if total < 1:
     raise InputError(
       f'epochs={config.epochs:g} of {train_size} images are less than one step '
       f'of batch_size={config.batch_size}'
     )
   if config.epochs * train_size > MOST:
     raise InputError(
-      f'epochs={config.epochs:g} of {train_size} images are more than are '
-      f'counted, {MOST:,}; expected at most {MOST // train_size}'
+      f'epochs={config.epochs:g} of {train_size} images are more than '
+      f'{MOST:,} images; expected at most {MOST // train_size}'
     )
   return Timetable(
-    total=steps(config.epochs),
+    total=total,
     log_every=config.log_every_steps,
-    eval_every=max(steps(config.eval_every_epochs), 1),
+    eval_every=max(
+      epochs_to_steps(config, config.eval_every_epochs, train_size), 1
+    ),
     checkpoint_every=config.checkpoint_every_steps,
     per_call=config.steps_per_call,
     per_epoch=train_size / config.batch_size,
@@ -90,5 +94,5 @@ def make_timetable(config: ConfigDict, train_size: int) -> Timetable:
 
 
 def epochs_to_steps(config: ConfigDict, epochs: float, train_size: int) -> int:
-  """Steps in so many epochs, rounded; the one place that converts."""
+  """Converts epochs to steps, rounded; nothing else does."""
   return round(epochs * train_size / config.batch_size)
