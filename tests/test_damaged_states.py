@@ -177,7 +177,7 @@ def test_a_damaged_config_is_set_aside_and_ours_written(state, workdir, capsys):
   assert take_up(workdir)[2] == []
   said = lines_of(capsys.readouterr().err)
   assert_set_aside(workdir / 'config.json', data, said)
-  assert 'taking step 6 there for one of this config' in said[0]
+  assert 'assuming that step 6 is of this config' in said[0]
   assert config_of(workdir).to_dict() == recipe().to_dict()
   assert read_metrics(workdir) == LINES
   assert_healed(workdir, capsys)
@@ -345,7 +345,7 @@ def test_a_result_without_a_config_is_not_returned(workdir, capsys):
 def test_with_nothing_but_a_result_the_run_ends_in_one_line(workdir):
   (workdir / 'config.json').unlink()
   shutil.rmtree(workdir / 'checkpoints')
-  with pytest.raises(InputError, match='nothing tells of which') as error:
+  with pytest.raises(InputError, match='may be of another config') as error:
     take_up(workdir)
   assert '\n' not in str(error.value)
   assert json.loads((workdir / 'result.json').read_text()) == RESULT
@@ -587,7 +587,7 @@ def test_fewer_epochs_than_made_are_refused(done):
   before = contents(workdir)
   with pytest.raises(InputError) as error:
     train(recipe(epochs=1.0, accept_changes=True), workdir)
-  line = f'epochs=1 are 4 steps, but 12 are made in {workdir}'
+  line = f'epochs=1 are 4 steps, but {workdir} has already made 12'
   assert str(error.value) == line
   assert contents(workdir) == before
 

@@ -1,5 +1,6 @@
-"""The checks of a recipe that need no data."""
+"""Checks of a recipe that need no data."""
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError, check_folder, unknown
@@ -11,12 +12,16 @@ from skipinit_jax.training.network import build_method
 from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.timetable import MOST
 
-MODELS = ('wide_resnet', 'resnet')
-SCHEDULES = ('constant', 'halving', 'step', 'cosine')
-DTYPES = ('auto', 'float32', 'bfloat16')
-ON_DIVERGENCE = ('stop', 'skip', 'back')
-CLASSIFIER_INITS = ('he', 'zero')
-# Field -> lowest and highest value of any use.
+CHOICES = {
+  'model.name': ('wide_resnet', 'resnet'),
+  'schedule.name': ('constant', 'halving', 'step', 'cosine'),
+  'dtype': ('auto', 'float32', 'bfloat16'),
+  'on_divergence': ('stop', 'skip', 'back'),
+  'model.classifier_init': ('he', 'zero'),
+  'model.activation': ACTIVATIONS,
+  'model.kernel_init': KERNEL_INITS,
+}
+# The lowest and the highest value of any use.
 LIMITS = {
   'seed': (0, 2**32 - 1),
   'batch_size': (1, 2**20),
@@ -58,26 +63,23 @@ LIMITS = {
   'stuck_after_seconds': (1e-3, 1e8),
   'stuck_at_start_seconds': (1e-3, 1e8),
 }
-SMALLEST = 1e-12  # Of numbers other than 0: products stay float32's.
+SMALLEST = 1e-12  # Number other than 0: products stay in float32's range.
 
 
 def check_config(config: ConfigDict, device_count: int) -> None:
-  """Raises InputError for values that no run can have; looks at no data."""
+  """Raises InputError for values that no run can have; reads no data.
+
+  Args:
+    config: a recipe.
+    device_count: devices of all processes.
+  """
   check_types(config)
+  fields = flatten_dict(config.to_dict(), sep='.')
   for field, (low, high) in LIMITS.items():
-    check_number(field, _get(config, field), low, high)
-  for field, known in (
-    ('model.name', MODELS),
-    ('schedule.name', SCHEDULES),
-    ('dtype', DTYPES),
-    ('on_divergence', ON_DIVERGENCE),
-    ('model.classifier_init', CLASSIFIER_INITS),
-    ('model.activation', ACTIVATIONS),
-    ('model.kernel_init', KERNEL_INITS),
-  ):
-    value = _get(config, field)
-    if value is not None and value not in known:
-      raise InputError(unknown(field, value, known))
+    _check_number(field, fields[field], low, high)
+  for field, known in CHOICES.items():
+    if fields[field] is not None and fields[field] not in known:
+      raise InputError(unknown(field, fields[field], known))
   for name in config.optimizer.decay:
     if name not in LEAVES:
       raise InputError(unknown('leaf name in optimizer.decay', name, LEAVES))
@@ -88,11 +90,20 @@ def check_config(config: ConfigDict, device_count: int) -> None:
     )
   _check_schedule(config)
   _check_rate(config)
-  if config.compilation_cache:
+  _check_cache(config.compilation_cache)
+  _check_batch(config, device_count)
+
+
+def _check_cache(folder: str) -> None:
+  if folder:
     try:
-      check_folder(config.compilation_cache)
+      check_folder(folder)
     except InputError as error:
       raise InputError(f'compilation_cache={error}') from None
+
+
+def _check_batch(config: ConfigDict, device_count: int) -> None:
+  """That devices, micro-batches, pairs and groups all divide the batch."""
   share, rest = divmod(config.batch_size, device_count)
   if rest:
     below = share * device_count
@@ -101,11 +112,6 @@ def check_config(config: ConfigDict, device_count: int) -> None:
       f'batch_size={config.batch_size} does not divide over {device_count} '
       f'devices; nearest: {near}{below + device_count}'
     )
-  _check_parts(config, share)
-
-
-def _check_parts(config: ConfigDict, share: int) -> None:
-  """What a device's share of the batch must be divisible by."""
   parts = config.micro_batches
   if share % parts:
     raise InputError(
@@ -172,7 +178,7 @@ def _check_group(config: ConfigDict, share: int) -> None:
 
 
 def _check_rate(config: ConfigDict) -> None:
-  """Of alpha too: both must be numbers of float32."""
+  """The scaled learning rate and alpha are numbers that float32 holds."""
   low, high = LIMITS['optimizer.learning_rate']
   if not low <= peak_rate(config) <= high:
     raise InputError(
@@ -192,7 +198,7 @@ def _check_rate(config: ConfigDict) -> None:
 def check_types(
   config: ConfigDict, defaults: ConfigDict | None = None, prefix: str = ''
 ) -> None:
-  """Raises InputError unless every field is there, with its default's type."""
+  """Raises InputError unless every field exists and has its default's type."""
   defaults = default_config() if defaults is None else defaults
   for name in defaults:
     field = prefix + name
@@ -214,22 +220,15 @@ def check_types(
       )
 
 
-def check_number(
+def _check_number(
   field: str, value: float | None, low: float, high: float
 ) -> None:
-  """Raises InputError for a number outside its range; None is unset."""
   if value is None or (low <= value <= high and not 0 < value < SMALLEST):
     return
-  least = f'that is 0 or from {SMALLEST:g}' if low == 0 else f'from {low:g}'
-  most = f'{high:g}'
   if isinstance(high, int):
-    least, most = f'from {low}', f'{high}'
-  raise InputError(
-    f'{field}={value}: expected a finite number {least} to {most}'
-  )
-
-
-def _get(config: ConfigDict, field: str):
-  for part in field.split('.'):
-    config = config[part]
-  return config
+    span = f'from {low} to {high}'
+  elif low == 0:
+    span = f'that is 0 or from {SMALLEST:g} to {high:g}'
+  else:
+    span = f'from {low:g} to {high:g}'
+  raise InputError(f'{field}={value}: expected a finite number {span}')

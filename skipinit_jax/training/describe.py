@@ -1,4 +1,4 @@
-"""What a run says about its recipe."""
+"""What a run prints about its recipe."""
 
 import jax
 from etils import epath
@@ -18,7 +18,7 @@ LARGE_BATCH = 2048
 
 
 def loops(config: ConfigDict) -> list[str]:
-  """The fields that make a recipe's step compute its convolutions in a loop."""
+  """Fields that make a step compute its convolutions inside a loop."""
   named = {
     'micro_batches': config.micro_batches > 1,
     'steps_per_call': config.steps_per_call > 1,
@@ -28,7 +28,7 @@ def loops(config: ConfigDict) -> list[str]:
 
 
 def less_memory(config: ConfigDict) -> str:
-  """What to try, in this order, where a recipe's step does not fit."""
+  """What to try, in this order, if a step does not fit in memory."""
   remedies = []
   group = config.model.statistics_group
   if not build_method(config).normalize or group.isdecimal():

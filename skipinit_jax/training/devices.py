@@ -1,4 +1,4 @@
-"""How a step is mapped over devices: everything about `jax.pmap` is here."""
+"""Devices: their set-up, and how steps and arrays are mapped over them."""
 
 import functools
 import glob
@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError
 
-# Device files of accelerators, and what to install for each.
+# Device files of accelerators, and what to install for them.
 ACCELERATORS = {
   '/dev/nvidia[0-9]*': ('GPU', "pip install 'jax[cuda13]' (or 'jax[cuda12]')"),
   '/dev/accel[0-9]*': ('TPU', "pip install 'jax[tpu]'"),
 }
 DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
 
-AXIS = 'batch'
+AXIS = 'batch'  # Name of the axis that `jax.pmap` maps.
 
 
 def map_over_devices(
@@ -68,7 +68,7 @@ def replicate(tree: Any) -> Any:
 
 
 def shard(tree: Any) -> Any:
-  """Cuts leaves (batch, ...) of this process over its devices.
+  """Splits leaves (batch, ...) of this process over its devices.
 
   Returns:
     Leaves (devices, batch / devices, ...), on the devices.
@@ -96,16 +96,16 @@ def message(stop: bool = False, replaced: int = 0) -> dict[str, jax.Array]:
 
 
 def _sharding(*axes: str) -> NamedSharding:
-  # The mesh is pmap's own, so that the step compiles once and not twice.
+  # As pmap has it, so that the step compiles only once.
   mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
   return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def set_deterministic(config: ConfigDict) -> None:
-  """Asks XLA for the same bits from run to run; before JAX finds its devices.
+  """Asks XLA for the same bits in every run; call it before JAX finds devices.
 
-  CPUs and TPUs give them anyway. On GPUs some sums are otherwise taken in the
-  order in which they happen to finish.
+  CPUs and TPUs are deterministic anyway. GPUs otherwise take some sums in the
+  order in which their parts happen to finish.
   """
   flags = os.environ.get('XLA_FLAGS', '')
   if config.deterministic and DETERMINISTIC not in flags:
@@ -113,9 +113,10 @@ def set_deterministic(config: ConfigDict) -> None:
 
 
 def check_devices(config: ConfigDict) -> None:
-  """Raises InputError where the devices are not what the recipe needs."""
-  asked = config.deterministic and jax.default_backend() == 'gpu'
-  if asked and DETERMINISTIC not in os.environ.get('XLA_FLAGS', ''):
+  """Raises InputError unless the devices are what the recipe needs."""
+  on_gpu = jax.default_backend() == 'gpu'
+  flags = os.environ.get('XLA_FLAGS', '')
+  if config.deterministic and on_gpu and DETERMINISTIC not in flags:
     raise InputError(
       f'deterministic=True on a GPU needs XLA_FLAGS={DETERMINISTIC} before JAX '
       'finds its devices'
@@ -131,7 +132,7 @@ def check_devices(config: ConfigDict) -> None:
 
 
 def set_compilation_cache(folder: str) -> None:
-  """Keeps compiled programs in a folder, unless JAX was given one already."""
+  """Caches compiled programs in a folder, unless JAX already has one."""
   if folder and jax.config.jax_compilation_cache_dir is None:
     path = str(Path(folder).expanduser())
     jax.config.update('jax_compilation_cache_dir', path)

@@ -1,4 +1,4 @@
-"""The network of a recipe, and its variables at the start."""
+"""The network of a recipe and its initial variables."""
 
 import dataclasses
 from typing import Any
@@ -15,8 +15,8 @@ from skipinit_jax.models.resnet import RESNETS, ResNet, WideResNet
 from skipinit_jax.models.stages import unstack_blocks
 from skipinit_jax.training.devices import AXIS
 
-# Blocks in a stage from which an unrolled program takes minutes to compile (by
-# the TPU compiler, 48 blocks in all: two; a scan of any number: half of one).
+# Blocks in a stage from which an unrolled program takes minutes to compile: for
+# TPUs 48 blocks in all take two minutes, a scan of any number half a minute.
 SCAN_FROM = 40
 
 
@@ -27,11 +27,11 @@ def build_model(
 
   Args:
     config: a recipe.
-    num_classes: of its data.
-    platform: where it will run: 'cpu', 'gpu' or 'tpu'; None: where JAX does.
+    num_classes: of its data set.
+    platform: where it will run: 'cpu', 'gpu' or 'tpu'; None: JAX's default.
 
   Raises:
-    InputError: a network that can't be.
+    InputError: a network that can't be built.
   """
   platform = platform or jax.default_backend()
   model = config.model
@@ -85,7 +85,7 @@ def _resnet(model: ConfigDict, fields: dict) -> ResNet:
 
 
 def build_method(config: ConfigDict) -> Method:
-  """The method of a recipe, with what the recipe changes of it."""
+  """The method of a recipe, with the recipe's changes to it."""
   method = resolve_method(config.model.method, config.model.alpha)
   names = ('zero_last', 'rescale', 'scalar_biases')
   changes = {n: v for n in names if (v := config.model[n]) is not None}
@@ -99,10 +99,10 @@ def build_method(config: ConfigDict) -> Method:
 def init_variables(
   model: ResNet, image_shape: tuple[int, int, int], seed: jax.typing.ArrayLike
 ) -> dict[str, Any]:
-  """The model's variables at the start, from `seed` alone.
+  """The model's initial variables, a function of the seed alone.
 
-  They are drawn for the scanned form, whose program is small whatever the
-  depth, and unstacked if the model is not scanned: both forms start alike.
+  They are drawn for the scanned form, whose program is small at any depth, and
+  unstacked if the model is not scanned: both forms start from the same.
   """
   key = jax.random.fold_in(jax.random.key(seed), 0)
   images = jnp.zeros((1, *image_shape))

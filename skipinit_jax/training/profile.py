@@ -6,9 +6,9 @@ from ml_collections import ConfigDict
 
 
 class Profiler:
-  """Traces `profile_steps` steps from `profile_at` on into the workdir.
+  """Traces `profile_steps` steps from step `profile_at` on.
 
-  Look at it with TensorBoard or Perfetto: `WORKDIR/profile`.
+  The trace is in `WORKDIR/profile`, for TensorBoard or Perfetto.
   """
 
   def __init__(self, config: ConfigDict, workdir: epath.Path):
@@ -17,7 +17,7 @@ class Profiler:
     self._until: int | None = None
 
   def before(self, step: int) -> None:
-    """To be called when `step` steps are made, before the next call."""
+    """Opens or closes the window; called before each call, at step `step`."""
     if self._first is None:
       return
     if self._until is None and step >= self._first:
@@ -27,7 +27,7 @@ class Profiler:
       self.close()
 
   def close(self) -> None:
-    """Ends the window if it is open; there is one a run."""
+    """Closes the window if it is open; a run has one."""
     if self._until is not None and self._first is not None:
       jax.profiler.stop_trace()
       self._first = None

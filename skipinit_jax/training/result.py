@@ -1,4 +1,4 @@
-"""The result of a run: what `result.json` holds."""
+"""The result of a run, in `result.json`."""
 
 import importlib.metadata
 import platform
@@ -35,7 +35,7 @@ COUNTS = ('steps', 'parameters', 'eval_size')
 
 
 def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
-  """The result of a run that has ended, else None.
+  """The result of a run that has ended; None if there is none.
 
   Raises:
     RunError: `result.json` is damaged, or can't be read.
@@ -58,7 +58,7 @@ def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
 
 
 def take_result(workdir: epath.Path) -> dict[str, Any] | None:
-  """As `read_result`, but a damaged one is set aside as if it were none."""
+  """Reads the result; a damaged one is set aside and counts as none."""
   if jax.process_index() == 0:
     try:
       read_result(workdir)
@@ -76,14 +76,14 @@ def write_result(
   data: Any,
   seconds: float,
 ) -> dict[str, Any]:
-  """Writes `result.json`, in one piece, and returns it.
+  """Writes `result.json`, all at once, and returns its fields.
 
   Args:
     workdir: of the run, with its metrics.
     state: at the end.
-    reporter: whether the run diverged, and its last finite metrics.
-    data: what was trained on.
-    seconds: since the start of this process's part of the run.
+    reporter: knows whether the run diverged, and its last finite metrics.
+    data: the data set trained on.
+    seconds: since this part of the run began.
   """
   if jax.process_index() == 0:
     evals = read_evals(workdir)
@@ -117,7 +117,7 @@ def write_result(
 
 
 def last_train(state: TrainState) -> dict[str, float]:
-  """The last training metrics, as they are in the state."""
+  """The last training metrics, from the state."""
   sums = {k: np.float32(v) for k, v in jax.device_get(state.sums).items()}
   steps = max(sums['steps'], np.float32(1))
   means = {k: (sums[k] / steps).item() for k in ('loss', 'top1')}
@@ -125,7 +125,7 @@ def last_train(state: TrainState) -> dict[str, float]:
 
 
 def largest_norms(params: Any, number: int = 5) -> dict[str, float]:
-  """The parameters of the largest norms, largest first."""
+  """The parameters with the largest norms, largest first."""
   norms = {
     jax.tree_util.keystr(path, simple=True, separator='/'): float(
       jnp.linalg.norm(leaf)
@@ -137,7 +137,7 @@ def largest_norms(params: Any, number: int = 5) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-  """Versions of what the numbers depend on."""
+  """Versions of Python and of the packages that the numbers depend on."""
   packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
   return {
     'skipinit-jax': __version__,
@@ -147,7 +147,7 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str | None:
-  """The commit of the checkout that runs, None where there is none."""
+  """The commit of the running checkout; None outside a checkout."""
   folder = Path(__file__).resolve().parents[2]
   if not (folder / '.git').exists():
     return None

@@ -1,4 +1,4 @@
-"""A run that is there already: its config, and a network that it saved."""
+"""The config and the network of a run, read from its workdir."""
 
 import dataclasses
 import os
@@ -27,11 +27,11 @@ class Saved:
 
   Attributes:
     config: of the run.
-    data: of `data.open_dataset`.
+    data: the data set it was trained on.
     model: without an axis name: it runs on one device.
     step: steps made.
     variables: {'params': ..., 'batch_stats': ...}, float32 arrays.
-    averages: the same of the moving averages, None where there are none.
+    averages: moving averages of the variables, or None.
   """
 
   config: ConfigDict
@@ -43,10 +43,10 @@ class Saved:
 
 
 def config_of(workdir: os.PathLike | str) -> ConfigDict:
-  """The config that a run was started with, or went on with last.
+  """The config that a run was last started or resumed with.
 
   Raises:
-    InputError: there is none, or none that this version can use.
+    InputError: there is none, or this version can't use it.
     RunError: it is damaged.
   """
   fields, _ = read_config(workdir)
@@ -67,7 +67,10 @@ def config_of(workdir: os.PathLike | str) -> ConfigDict:
 def find_checkpoint(
   checkpoint: os.PathLike | str,
 ) -> tuple[ConfigDict, epath.Path, int | None]:
-  """The config and folder of a run, and the step that is asked for if one is.
+  """The config, the folder, and the step of a checkpoint; None: the newest.
+
+  Args:
+    checkpoint: see `load_run`.
 
   Raises:
     InputError: the folder holds no run, or no such checkpoint.
@@ -95,16 +98,16 @@ def find_checkpoint(
 
 
 def load_run(checkpoint: os.PathLike | str) -> Saved:
-  """The network of a checkpoint.
+  """Loads the network of a checkpoint.
 
   Args:
-    checkpoint: the folder of a run, for its newest, or one of the run's folders
-      `checkpoints/STEP`.
+    checkpoint: the folder of a run, for its newest checkpoint, or one of the
+      run's folders `checkpoints/STEP`.
 
   Raises:
-    InputError: the folder holds no run, or no such checkpoint; or the run's
-      config is that of another network, or the checkpoint of another run.
-    RunError: the checkpoint is damaged, or can't be read for now.
+    InputError: the folder holds no run, or no such checkpoint; or the config in
+      it is of another network, or the checkpoint of another run.
+    RunError: the checkpoint is damaged, or can't be read at present.
   """
   config, workdir, step = find_checkpoint(checkpoint)
   data = open_dataset(config.data)

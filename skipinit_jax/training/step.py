@@ -1,4 +1,4 @@
-"""The training and evaluation steps: pure functions of one device's share."""
+"""The training and evaluation steps: pure functions under the axis `AXIS`."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from skipinit_jax.training.devices import AXIS
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """Everything that training changes.
+  """Everything that training changes, and the two numbers that a run is given.
 
   Attributes:
     step: int32 (), number of steps made.
@@ -24,13 +24,13 @@ class TrainState(flax.struct.PyTreeNode):
     batch_stats: running statistics of batch normalization, else {}.
     ema: moving averages, {'params': ..., 'batch_stats': ...}, or None.
     opt_state: Optax's.
-    sums: float32 (), loss and top-1 summed over the steps since the last log,
+    sums: float32 (), loss and top1 summed over the steps since the last log,
       and the number of these steps; skipped ones are left out.
     skipped: int32 (), steps in a row whose update was skipped.
     rate: float32 (), the peak learning rate, lower after going back from a
-      divergence; what the schedule is a share of.
-    seed: uint32 (), of the run. Both are here so that runs which differ in
-      nothing else share one compiled program.
+      divergence; the schedule is a fraction of it.
+    seed: uint32 (), of the run. Seed and rate are here so that runs which
+      differ in nothing else share one compiled program.
   """
 
   step: jax.Array
@@ -55,7 +55,7 @@ def create_state(
   """The state before the first step, from a model's variables."""
   params = variables['params']
   batch_stats = variables.get('batch_stats', {})
-  # Copies: the step is given all of the state's memory to use again.
+  # Copies: the state's memory is donated to the step.
   averages = {'params': params, 'batch_stats': batch_stats}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -77,8 +77,8 @@ def cross_entropy(
 
   Args:
     logits: (batch, classes).
-    targets: float32 (batch, classes), shares that add up to 1.
-    smoothing: share of the target spread evenly over all classes.
+    targets: float32 (batch, classes), probabilities.
+    smoothing: part of the target that is spread evenly over all classes.
   """
   return optax.softmax_cross_entropy(
     logits.astype(jnp.float32), optax.smooth_labels(targets, smoothing)
@@ -88,8 +88,8 @@ def cross_entropy(
 def in_top_k(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
   """Whether the label is among the k largest logits, bool (batch,).
 
-  Among equal logits the lower class comes first. A row of logits that are not
-  all finite is wrong.
+  Among equal logits the lower class comes first. A row with a logit that is
+  not finite is wrong.
   """
   _, classes = jax.lax.top_k(logits, min(k, logits.shape[-1]))
   found = (classes == labels[:, None]).any(-1)
@@ -111,33 +111,32 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update, under the mapped axis `AXIS`.
 
-  All randomness is a function of (seed, step). Where the loss, the gradient or
-  the update is not finite, nothing is updated,
-  and unless `max_skips` lets it pass the step is not counted: the state stays
-  at its last finite parameters, and every later call gives the same answer, so
-  the caller may look at it late. A step that is passed over still counts: the
-  schedule and the draws of the next one are those of the next step.
+  All randomness is a function of (seed, step). If the loss, the gradient or the
+  update is not finite, nothing is updated. Unless `max_skips` lets it pass, the
+  step is not counted either: the state stays at its last finite parameters, and
+  every later call returns the same, so the caller may notice late. A step that
+  is skipped counts: the next one has the rate and the draws of the next step.
 
   Args:
     state: replicated.
-    inputs: of the data set, an element of its `inputs`.
+    inputs: an element of the data set's `inputs`, this device's part.
     message: what this device's process tells the others, int32 (): `stop`,
       whether it was asked to, and `replaced`, images of the batch that could
       not be read. See `devices.message`.
-    gradient: of the loss, by (state, inputs); see `gradient`.
-    tx, schedule: the optimizer for a rate of 1, and the learning rate by step
-      as a share of the peak rate.
+    gradient: (state, inputs) -> what `gradient` returns.
+    tx: the optimizer, for a learning rate of 1.
+    schedule: the learning rate by step, as a fraction of the peak rate.
     ema_decay: of the averaged parameters, None for none.
-    ema_warmup: no more than (1 + step) / (10 + step) of the averages is kept,
-      so that they soon leave the initialization.
+    ema_warmup: keep at most (1 + step) / (10 + step) of the averages, so that
+      they soon leave the initialization.
     log_every: steps over which the reported loss and top1 are averaged.
     max_skips: updates in a row that may be skipped as not finite.
 
   Returns:
-    The new state and the metrics, scalars equal on all devices: loss and top1
-    (averaged over the steps since the last multiple of `log_every` that were
-    not skipped; those before it while all of them were), learning_rate (the one
-    applied), grad_norm, param_norm, skipped, finite; stop and replaced, summed
+    The new state and the metrics, scalars equal on all devices: loss and top1,
+    averaged over the steps since the last multiple of `log_every` (skipped ones
+    left out; if all were skipped, over the steps before); learning_rate as
+    applied, grad_norm, param_norm, skipped, finite; stop and replaced, summed
     over the processes.
   """
   (loss, top1, batch_stats), grads = gradient(state, inputs)
@@ -159,15 +158,11 @@ def train_step(
 
   # Whether every step since the last log was skipped, or there is none.
   starts = state.skipped >= state.step % log_every
-  before = select(
-    starts,
-    jax.tree.map(jnp.zeros_like, state.sums),
-    state.sums,
-  )
+  before = select(starts, jax.tree.map(jnp.zeros_like, state.sums), state.sums)
   sums = jax.tree.map(
     jnp.add, before, {'loss': loss, 'top1': top1, 'steps': jnp.ones(())}
   )
-  updated = TrainState(
+  updated = state.replace(
     step=state.step + 1,
     params=params,
     batch_stats=batch_stats,
@@ -175,8 +170,6 @@ def train_step(
     opt_state=opt_state,
     sums=sums,
     skipped=jnp.zeros_like(state.skipped),
-    rate=state.rate,
-    seed=state.seed,
   )
   passed_over = state.replace(step=state.step + 1, skipped=state.skipped + 1)
   shown = select(skips, state.sums, sums)
@@ -196,11 +189,11 @@ def train_step(
 def draw(
   state: TrainState, inputs: Any, choose: Callable, batch_size: int
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-  """What the step after `state` is about, on one device of the mapped axis.
+  """This device's examples in the step after `state`, and the step's keys.
 
   Returns:
-    Images, labels and numbers in the batch of this device's examples; and the
-    step's keys for Dropout and for augmentation.
+    Images, labels, and indices in the batch, of this device's examples; and the
+    keys for Dropout and for augmentation.
   """
   share = batch_size // jax.lax.axis_size(AXIS)
   examples = share * jax.lax.axis_index(AXIS) + jnp.arange(share)
@@ -224,16 +217,16 @@ def watch_step(
   augment: Callable,
   batch_size: int,
 ) -> dict[str, jax.Array]:
-  """What the blocks do, on the images of the step to come; changes nothing.
+  """Metrics of each block, on the images of the step to come.
 
   Args:
     state, inputs, gradient: see `train_step`.
     model, choose, augment, batch_size: see `gradient`.
 
   Returns:
-    alpha, float32, in the order of `alphas`; and in that of `block_names`,
-    float32 (blocks,), block_grad_norm and branch_share: the branch's second
-    moment over those of both paths. Without what the network has not.
+    alpha, float32, in the order of `alphas`; block_grad_norm and branch_share
+    (the branch's second moment over the sum of both paths'), float32 (blocks,),
+    in the order of `block_names`. Only what the network has.
   """
   drawn, (dropout_key, augment_key) = draw(state, inputs, choose, batch_size)
   images, labels, examples = drawn
@@ -269,7 +262,7 @@ def gradient(
   micro_batches: int,
   label_smoothing: float,
 ) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
-  """The gradient that the step after `state` follows, the mean over `AXIS`.
+  """The gradient of the step after `state`, the mean over `AXIS`.
 
   Args:
     state, inputs: see `train_step`.
@@ -281,8 +274,7 @@ def gradient(
     label_smoothing: see `cross_entropy`.
 
   Returns:
-    The loss, top-1 and new batch statistics; and the gradient, like the
-    parameters.
+    (loss, top1, new batch statistics), and the gradient, like the parameters.
   """
   drawn, (dropout_key, augment_key) = draw(state, inputs, choose, batch_size)
 
@@ -311,11 +303,11 @@ def accumulate(grad_fn: Callable, batch: Any, parts: int) -> Any:
   """The mean of grad_fn(*part) over consecutive parts of a batch, in a loop.
 
   Args:
-    grad_fn: of leaves (n / parts, ...); what it returns is summed as it is, so
-      that float32 gradients are summed in float32.
-    batch: leaves (n, ...). Each part is cut out of them where it is used: a
-      scan over stacked parts would copy the stack (TPU, ResNet-50, 4 parts: 6 %
-      more memory traffic; as much with `optax.microbatch`).
+    grad_fn: takes leaves (n / parts, ...); its results are summed in their
+      dtype, float32 gradients in float32.
+    batch: leaves (n, ...). Each part is sliced where it is used: a scan over
+      stacked parts would copy the stack (TPU, ResNet-50, 4 parts: 6 % more
+      memory traffic; as much with `optax.microbatch`).
     parts: 1 for no loop.
   """
   if parts == 1:

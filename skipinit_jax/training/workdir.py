@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what has changed since."""
+"""The folder of a run: its config, and how that changed between its parts."""
 
 import json
 from collections.abc import Sequence
@@ -28,21 +28,21 @@ from skipinit_jax.training.result import RESULT
 def open_workdir(
   workdir: epath.Path, config: ConfigDict, total: int
 ) -> list[dict[str, Any]]:
-  """Makes the folder and writes config.json, or checks the one that is there.
+  """Makes the folder and writes config.json, or compares the one in it.
 
-  A damaged config.json is set aside. Changes that `accept_changes` lets pass
-  are written by `record_changes` only, when the run's state is there.
+  A damaged config.json is set aside. Changes that `accept_changes` allows are
+  written later, by `record_changes`, once the state is restored.
 
   Args:
     workdir: of the run.
     config: of the run.
-    total: its steps.
+    total: steps of the whole run.
 
   Returns:
-    The changes of the run's fields until now, see `changes.differences`.
+    All changes of the run's config so far, see `changes.differences`.
 
   Raises:
-    InputError: the folder holds a run of another config, is not usable, or is
+    InputError: the folder holds a run of another config, can't be used, or is
       not the same folder for all processes.
   """
   path = workdir / CONFIG
@@ -63,22 +63,21 @@ def open_workdir(
     )
   if steps and steps[-1] > total:
     raise InputError(
-      f'epochs={config.epochs:g} are {total} steps, but {steps[-1]} are made '
-      f'in {workdir}'
+      f'epochs={config.epochs:g} are {total} steps, but {workdir} has already '
+      f'made {steps[-1]}'
     )
   if steps:
     check_changes(workdir, new, steps[-1], total)
   elif theirs is None and (workdir / RESULT).exists():
     raise InputError(
-      f'{damage or f"{workdir} has no {CONFIG}"}; nothing tells of which '
-      f'config {RESULT} is, and there is no checkpoint; choose another '
-      '--workdir'
+      f'{damage or f"{workdir} has no {CONFIG}"}; {RESULT} may be of another '
+      'config, and there is no checkpoint; choose another --workdir'
     )
   if jax.process_index() == 0:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
       if theirs is None:
-        _doubt(workdir, steps, damage)
+        _report_missing_config(workdir, steps, damage)
       if not new:
         write_json(path, ours | ({CHANGES: changes} if changes else {}))
     except OSError as error:
@@ -93,17 +92,17 @@ def open_workdir(
   return changes + new
 
 
-def _doubt(
+def _report_missing_config(
   workdir: epath.Path, steps: Sequence[int], damage: DamagedFile | None
 ) -> None:
-  """Says what can't be known where no config.json tells whose a run is."""
+  """Sets aside what is of an unknown config, and says what is assumed."""
   found = damage or f'{workdir} has no {CONFIG}'
   if damage:
     found = f'{damage}; moved to {set_aside(damage.path)}'
   if (workdir / RESULT).exists():
     found += f'; {RESULT} moved to {set_aside(workdir / RESULT)}'
   if steps:
-    found += f'; taking step {steps[-1]:,} there for one of this config'
+    found += f'; assuming that step {steps[-1]:,} is of this config'
   if damage or steps:
     say(found)
 
@@ -114,7 +113,7 @@ def record_changes(
   changes: Sequence[dict[str, Any]],
   step: int,
 ) -> None:
-  """Writes what has changed from `step` on, the step that was restored."""
+  """Writes the changes that take effect from `step`, which was restored."""
   if jax.process_index() > 0 or all(c['step'] <= step for c in changes):
     return
   since = [c | {'step': min(c['step'], step)} for c in changes]
@@ -130,5 +129,5 @@ def record_changes(
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
-  """The fields as they come back from JSON."""
+  """The fields as JSON returns them."""
   return json.loads(dumps(config.to_dict()))
