@@ -14,8 +14,8 @@ import tomllib
 import urllib.parse
 
 import pytest
+from browser import PHONE, needs_chromium, probe
 from runs import ROOT
-from test_report_browser import CHROMIUM, PHONE, chromium
 
 from skipinit_jax import export, published
 from skipinit_jax.ahead_of_time import __main__ as ahead_of_time
@@ -282,7 +282,6 @@ def test_the_reference_has_what_the_package_exports(pages):
   assert set(exports) - partials - {'METHODS', '__version__'} <= documented
 
 
-# Goes through a copy of a page.
 PROBE = """
 addEventListener('load', () => parent.postMessage(JSON.stringify({
   wide: document.documentElement.scrollWidth
@@ -292,35 +291,14 @@ addEventListener('load', () => parent.postMessage(JSON.stringify({
 """
 
 
-def probe(site, page, width):
-  """What PROBE finds in a frame of a width, without the theme's scripts.
-
-  The layout needs none, and Chromium's virtual time waits for their worker.
-  """
-  copy = site / 'probed.html'
-  text = (site / page).read_text()
-  text = re.sub(r'<script.*?</script>', '', text, flags=re.DOTALL)
-  copy.write_text(text.replace('</body>', f'<script>{PROBE}</script></body>'))
-  frame = site / 'frame.html'
-  frame.write_text(
-    f'<iframe width="{width}" height="844" src="{copy.name}"></iframe>'
-    '<script>onmessage = (event) => {'
-    'document.body.innerHTML = "<pre></pre>";'
-    'document.querySelector("pre").textContent = event.data}</script>'
-  )
-  try:
-    done = chromium('--dump-dom', frame.as_uri())
-  finally:
-    copy.unlink()
-    frame.unlink()
-  assert 'ERR_NAME_NOT_RESOLVED' not in done.stderr
-  return json.loads(re.search('<pre>(.*)</pre>', done.stdout)[1])
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason='there is no Chromium')
+@needs_chromium
 @pytest.mark.parametrize('page', ['library', 'measurements', 'api'])
 def test_a_phone_scrolls_tables_and_not_the_page(site, page):
-  found = probe(site, f'{page}.html', PHONE)
+  text = (site / f'{page}.html').read_text()
+  # The layout needs no scripts, and Chromium's virtual time waits for the
+  # theme's worker.
+  text = re.sub(r'<script.*?</script>', '', text, flags=re.DOTALL)
+  found = probe(text, site, PROBE, PHONE)
   assert found['wide'] <= 0
   assert found['search']
 

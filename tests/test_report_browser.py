@@ -1,21 +1,12 @@
 """The report in Chromium, with no network."""
 
-import json
-import re
-import shutil
-import subprocess
-
 import pytest
+from browser import PHONE, chromium, needs_chromium, probe
 from test_report import make_grid, make_study, write_runs
 
 from skipinit_jax.experiments.report import write_report
 
-CHROMIUM = next(
-  filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'chrome'))),
-  None,
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='there is no Chromium')
-PHONE = 390
+pytestmark = needs_chromium
 # Goes through a copy of the page, whose policy then allows this one script.
 PROBE = """
 addEventListener('load', async () => {
@@ -58,50 +49,17 @@ def report(tmp_path_factory):
   return write_report(make_study(grid), grid, 'cifar10', workdir)
 
 
-def chromium(*arguments):
-  command = [
-    CHROMIUM,
-    '--headless',
-    '--no-sandbox',
-    '--disable-gpu',
-    '--host-resolver-rules=MAP * ~NOTFOUND',
-    '--allow-file-access-from-files',
-    '--enable-logging=stderr',
-    '--virtual-time-budget=5000',
-  ]
-  return subprocess.run(
-    [*command, *arguments],
-    capture_output=True,
-    text=True,
-    check=True,
-    timeout=120,
-  )
-
-
-def probe(report, width, *arguments):
-  """What PROBE finds in a window of a width.
-
-  A window of Chromium's has at least 500 pixels; a frame is a phone's.
-  """
+def look(report, width, *flags):
+  """What PROBE finds in a frame of that width."""
   text = report.read_text()
   assert text.count("default-src 'none'") == 1
   text = text.replace("default-src 'none'", "script-src 'unsafe-inline'")
-  copy = report.with_name('probed.html')
-  copy.write_text(text.replace('</body>', f'<script>{PROBE}</script></body>'))
-  frame = report.with_name('frame.html')
-  frame.write_text(
-    f'<iframe width="{width}" height="844" src="{copy.name}"></iframe>'
-    '<script>onmessage = (event) => {'
-    'document.body.innerHTML = "<pre></pre>";'
-    'document.querySelector("pre").textContent = event.data}</script>'
-  )
-  dom = chromium('--dump-dom', *arguments, frame.as_uri()).stdout
-  return json.loads(re.search('<pre>(.*)</pre>', dom)[1])
+  return probe(text, report.parent, PROBE, width, *flags)
 
 
 @pytest.fixture(scope='module')
 def found(report):
-  return probe(report, PHONE)
+  return look(report, PHONE)
 
 
 def test_figures_are_there(found):
@@ -125,7 +83,7 @@ def test_links_lead_somewhere_and_unfold_the_runs(found):
 
 def test_nothing_is_loaded_and_the_policy_is_kept(report, found):
   assert found['loaded'] == []
-  done = chromium('--dump-dom', report.as_uri())
+  done = chromium(report.as_uri())
   assert '<h1>A made up study: CIFAR-10</h1>' in done.stdout
   assert 'Content Security Policy' not in done.stderr
   assert 'ERR_NAME_NOT_RESOLVED' not in done.stderr
@@ -144,7 +102,7 @@ def luminance(rgb):
 def test_text_has_contrast_in_both_schemes(report, scheme):
   dark = scheme == 'dark'
   option = f'--blink-settings=preferredColorScheme={0 if dark else 1}'
-  found = probe(report, 1280, option)
+  found = look(report, 1280, option)
   page = luminance(found['page'])
   assert (page < 0.1) == dark
   for name in ('text', 'link', 'soft', 'tick'):
