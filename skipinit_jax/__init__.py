@@ -1,6 +1,6 @@
 """SkipInit in JAX and Flax: deep residual networks without normalization."""
 
-from skipinit_jax import interrupts  # noqa: F401  Before JAX: it is slow.
+from skipinit_jax import cli  # noqa: F401  Before JAX, which is slow.
 from skipinit_jax.models import METHODS as METHODS
 from skipinit_jax.models import Join as Join
 from skipinit_jax.models import ResNet as ResNet

@@ -36,11 +36,15 @@ def unknown(what: str, value: object, known: Iterable[str]) -> str:
   "unknown color 'rde'; did you mean 'red'? (one of: red, blue)"
   """
   known = list(known)
-  # Of a long value no more: comparing takes the time of its square.
-  text = str(value)[:100]
-  nearest = difflib.get_close_matches(text, known, n=1, cutoff=0.5)
-  hint = f'; did you mean {nearest[0]!r}?' if nearest else ''
+  hint = nearest(str(value), known)
   return f'unknown {what} {value!r}{hint} (one of: {", ".join(known)})'
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """The end of an error: the known name most like this one, '' if none is."""
+  # The time that comparing takes grows with the square of the length.
+  near = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.5)
+  return f'; did you mean {near[0]!r}?' if near else ''
 
 
 def check_folder(name: str | os.PathLike, buckets: bool = False) -> str:

@@ -32,7 +32,6 @@ from flax.traverse_util import flatten_dict
 from skipinit_jax import cli
 from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.errors import InputError, RunError, unknown
-from skipinit_jax.interrupts import interrupt_as_usual
 from skipinit_jax.models.fold import fold
 from skipinit_jax.models.methods import Method, resolve_method
 from skipinit_jax.models.resnet import ResNet
@@ -287,7 +286,6 @@ def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def main() -> None:
   """Parses, exports, and ends in one line where that can't be."""
-  interrupt_as_usual()
   parser = cli.Parser(
     prog='python -m skipinit_jax.export',
     description='Writes a trained network as StableHLO and as safetensors.',

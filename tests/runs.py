@@ -55,9 +55,9 @@ def start_two(workdir, *flags, heartbeat=15):
       workdir,
       *flags,
       f'--coordinator=localhost:{port}',
-      '--num_processes=2',
-      f'--heartbeat_seconds={heartbeat}',
-      f'--process_id={i}',
+      '--num-processes=2',
+      f'--heartbeat-seconds={heartbeat}',
+      f'--process-id={i}',
       devices=2,
     )
     for i in range(2)

@@ -40,7 +40,7 @@ def test_a_run_prints_one_summary_line(small):
 def test_evaluation_only_prints_the_last_evaluation_as_json(small):
   workdir, _ = small
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
-  status, out, err = finish(start(workdir, *TINY, '--eval_only'))
+  status, out, err = finish(start(workdir, *TINY, '--eval-only'))
   assert status == 0, err
   (line,) = out.splitlines()
   printed = json.loads(line)

@@ -429,9 +429,9 @@ def test_a_deterministic_gpu_needs_its_flag_early(monkeypatch):
 @pytest.mark.parametrize(
   ('given', 'missing'),
   [
-    ({'coordinator': 'host:1'}, '--num_processes, --process_id'),
-    ({'num_processes': 2}, '--coordinator, --process_id'),
-    ({'coordinator': 'host:1', 'process_id': 0}, '--num_processes'),
+    ({'coordinator': 'host:1'}, '--num-processes, --process-id'),
+    ({'num_processes': 2}, '--coordinator, --process-id'),
+    ({'coordinator': 'host:1', 'process_id': 0}, '--num-processes'),
   ],
 )
 @pytest.mark.parametrize('distributed', [False, True])
@@ -445,8 +445,8 @@ def test_processes_are_named_with_all_three_flags(given, missing, distributed):
 
 def test_process_id_is_below_the_number():
   message = refused(processes.initialize, False, 'host:1', 2, 2, 10)
-  assert '--process_id=2' in message
-  assert '--num_processes=2' in message
+  assert '--process-id=2' in message
+  assert '--num-processes=2' in message
 
 
 def test_one_process_joins_nobody():

@@ -24,7 +24,7 @@ from skipinit_jax.data import __main__ as data
 from skipinit_jax.experiments import __main__ as experiments
 from skipinit_jax.experiments.studies import find_study
 from skipinit_jax.training import __main__ as training
-from skipinit_jax.training.recipes import parse_overrides
+from skipinit_jax.training.recipes import load_recipe, parse_fields
 from skipinit_jax.variants import VARIANTS
 
 PAGES = sorted(ROOT.glob('docs/*.md'))
@@ -86,9 +86,10 @@ def parse_training(command, arguments):
 
 
 def parse_study(arguments):
-  args, rest = experiments.parser().parse_known_args(arguments)
+  args, texts = experiments.parser().parse_with_fields(arguments)
   if args.action != 'list':
-    parse_overrides(find_study(args.study, args.dataset)[1].recipe, rest)
+    _, grid = find_study(args.study, args.dataset)
+    parse_fields(load_recipe(grid.recipe), texts)
 
 
 def parse_analysis(arguments):
@@ -97,9 +98,9 @@ def parse_analysis(arguments):
     patch.setattr(sys, 'argv', ['analysis', *arguments])
     patch.setattr(analysis, 'run', lambda *args: got.extend(args))
     analysis.main()
-  args, rest = got
+  args, texts = got
   assert args.kind in (*analysis.KINDS, 'all')
-  parse_overrides(args.config, rest)
+  parse_fields(load_recipe(args.config), texts)
 
 
 def parse_export(arguments):

@@ -22,8 +22,8 @@ LAYERS = {
   'experiments': {'models', 'data', 'training', 'ahead_of_time'},
   'analysis': {'models', 'data', 'training'},
 }
-SHARED = {'cli', 'errors', 'files', 'interrupts', 'published'}
-SHARED = {*SHARED, 'plotting', 'variants', 'version'}
+SHARED = {'cli', 'errors', 'files', 'plotting', 'published'}
+SHARED = {*SHARED, 'variants', 'version'}
 
 
 def imports(path):

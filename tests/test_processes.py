@@ -17,8 +17,7 @@ from runs import (
   wait_for,
 )
 
-from skipinit_jax.training.processes import LOST
-from skipinit_jax.training.watchdog import STUCK
+from skipinit_jax.cli import LOST, STUCK
 
 SYNCED = (
   *TINY,

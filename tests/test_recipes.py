@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
-from skipinit_jax import published
+from skipinit_jax import cli, published
 from skipinit_jax.errors import InputError
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.network import build_method, build_model
 from skipinit_jax.training.recipes import (
   load_recipe,
-  parse_overrides,
+  parse_fields,
   recipe_path,
   set_fields,
 )
@@ -29,7 +29,9 @@ CLASSES = {'imagenet2012': 1000, 'cifar100': 100}
 def load(recipe, *overrides):
   """The config of `--config=...` and overrides."""
   name = recipe.removeprefix('--config=')
-  return set_fields(load_recipe(name), parse_overrides(name, overrides))
+  _, texts = cli.Parser(fields=True).parse_with_fields(overrides)
+  config = load_recipe(name)
+  return set_fields(config, parse_fields(config, texts))
 
 
 def logits_and_model(config):

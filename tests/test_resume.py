@@ -25,7 +25,7 @@ from runs import (
   wait_for,
 )
 
-from skipinit_jax.training.__main__ import FAILED
+from skipinit_jax.cli import FAILED
 from skipinit_jax.training.signals import IMPATIENT, SIGNALS
 
 

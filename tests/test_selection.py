@@ -38,7 +38,7 @@ from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import (
   load_recipe,
-  parse_overrides,
+  parse_fields,
   recipe_path,
 )
 from skipinit_jax.variants import VARIANTS
@@ -187,13 +187,13 @@ def test_the_command_makes_the_config(tmp_path):
 
 
 def test_overrides_are_typed_and_have_the_last_word():
-  fields = parse_overrides(
-    'digits',
+  fields = parse_fields(
+    load_recipe('digits'),
     [
-      '--config.epochs=3',
-      '--config.model.biases=false',
-      '--config.model.alpha=0.5',
-      '--config.optimizer.clip_norm=2',
+      ('epochs', '3'),
+      ('model.biases', 'false'),
+      ('model.alpha', '0.5'),
+      ('optimizer.clip_norm', '2'),
     ],
   )
   assert fields == {
@@ -209,20 +209,18 @@ def test_overrides_are_typed_and_have_the_last_word():
 
 
 @pytest.mark.parametrize(
-  ('argument', 'line'),
+  ('name', 'text', 'line'),
   [
-    ('--config.epoch=3', "no field 'epoch'; did you mean 'epochs'"),
-    ('--config.model.dept=3', "no field 'model.dept'; did you mean 'model.de"),
-    ('--config.epochs.x=3', "no field 'epochs.x'"),
-    ('--config.epochs=many', 'epochs=many: expected a value of type float'),
-    ('--config.model.remat=maybe', 'model.remat=maybe: expected a value of'),
-    ('--epochs=3', "unexpected argument '--epochs=3'"),
-    ('--config.epochs', "unexpected argument '--config.epochs'"),
+    ('epoch', '3', "no field 'epoch'; did you mean 'epochs'"),
+    ('model.dept', '3', "no field 'model.dept'; did you mean 'model.depth'"),
+    ('epochs.x', '3', "no field 'epochs.x'"),
+    ('epochs', 'many', 'epochs=many: expected a value of type float'),
+    ('model.remat', 'maybe', 'model.remat=maybe: expected a value of'),
   ],
 )
-def test_wrong_overrides_are_one_line(argument, line):
+def test_wrong_overrides_are_one_line(name, text, line):
   with pytest.raises(InputError, match=line) as error:
-    parse_overrides('digits', [argument])
+    parse_fields(load_recipe('digits'), [(name, text)])
   assert '\n' not in str(error.value)
 
 

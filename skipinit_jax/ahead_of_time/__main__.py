@@ -18,7 +18,6 @@ from skipinit_jax.ahead_of_time.measure import (
   measure,
   remedy,
 )
-from skipinit_jax.interrupts import interrupt_as_usual
 from skipinit_jax.training import __main__ as training
 from skipinit_jax.training.lines import write_json
 
@@ -28,7 +27,7 @@ def parser() -> cli.Parser:
   flags = cli.Parser(
     prog='python -m skipinit_jax.ahead_of_time',
     description="What a recipe's step would cost on a TPU slice.",
-    epilog="The recipe's fields are set as in --config.batch_size=256.",
+    fields=True,
   )
   flags.add_argument('--config', default='digits', help='recipe')
   flags.add_argument(
@@ -39,13 +38,11 @@ def parser() -> cli.Parser:
   )
   flags.add_argument(
     '--find-batch',
-    '--find_batch',
     action='store_true',
     help='find the largest power-of-two batch that fits',
   )
   flags.add_argument(
     '--find-micro-batches',
-    '--find_micro_batches',
     action='store_true',
     help='compare 1, 2, 4 and 8 micro-batches',
   )
@@ -54,7 +51,6 @@ def parser() -> cli.Parser:
 
 def run() -> None:
   """Compiles, prints, and writes the JSON file."""
-  interrupt_as_usual()
   logging.set_verbosity(logging.ERROR)
   args, config = training.parse(parser())
   # Nothing is computed: an accelerator that is here is left alone.

@@ -32,15 +32,14 @@ from skipinit_jax.analysis import (
 )
 from skipinit_jax.analysis.capture import capture
 from skipinit_jax.data import open_dataset
-from skipinit_jax.errors import InputError, unknown
-from skipinit_jax.interrupts import interrupt_as_usual
+from skipinit_jax.errors import InputError, unknown, unwritable
 from skipinit_jax.training import train
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.lines import write_json
 from skipinit_jax.training.network import build_method, build_model
 from skipinit_jax.training.recipes import (
   load_recipe,
-  parse_overrides,
+  parse_fields,
   set_fields,
 )
 from skipinit_jax.training.saved import Saved, find_checkpoint, load_run
@@ -69,10 +68,10 @@ DIGITS = {
 
 def main() -> None:
   """Parses, and ends in one line where the input is bad."""
-  interrupt_as_usual()
   parser = cli.Parser(
     prog='python -m skipinit_jax.analysis',
     description='Why the scalar works: signals, paths, gradients.',
+    fields=True,
   )
   parser.add_argument('kind', help=f'{", ".join(KINDS)}, or all')
   parser.add_argument(
@@ -86,18 +85,18 @@ def main() -> None:
     help='a run to look at instead, or one of its folders checkpoints/STEP',
   )
   parser.add_argument('--out', type=cli.folder, default=Path('runs/analysis'))
-  args, rest = parser.parse_known_args()
+  args, texts = parser.parse_with_fields()
   with cli.errors_in_one_line():
-    run(args, rest)
+    run(args, texts)
 
 
-def run(args: argparse.Namespace, rest: list[str]) -> None:
+def run(args: argparse.Namespace, texts: list[tuple[str, str]]) -> None:
   """Measures and draws what was asked for."""
   if args.kind != 'all' and args.kind not in KINDS:
     raise InputError(unknown('kind', args.kind, [*KINDS, 'all']))
-  overrides = parse_overrides(args.config, rest)
-  fields = (DIGITS if args.config == 'digits' else {}) | overrides
-  config = set_fields(load_recipe(args.config), fields)
+  config = load_recipe(args.config)
+  fields = DIGITS if args.config == 'digits' else {}
+  set_fields(config, fields | parse_fields(config, texts))
   checkpoint = args.checkpoint
   if checkpoint is None:
     check(config)
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
   try:
     args.out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise InputError(f'can not write to {args.out}: {error.strerror}') from None
+    raise unwritable(args.out, error) from None
   for kind in KINDS if args.kind == 'all' else [args.kind]:
     start = time.perf_counter()
     print(f'{kind} ...', file=sys.stderr, flush=True)

@@ -11,9 +11,6 @@ from skipinit_jax.data.convert import convert
 from skipinit_jax.data.prepare import DOWNLOADED, prepare
 from skipinit_jax.data.records import local_path
 from skipinit_jax.errors import InputError
-from skipinit_jax.interrupts import interrupt_as_usual
-
-BROKEN, INTERRUPTED = 1, 130  # Exit statuses.
 
 
 def _folder(value: str) -> Path:
@@ -88,22 +85,17 @@ def _check(args: argparse.Namespace) -> int:
     print(f'broken: {line}')
     broken += 1
   print(f'{broken} broken' if broken else 'all well')
-  return BROKEN if broken else 0
+  return cli.FAILED if broken else 0
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns the exit status."""
-  interrupt_as_usual()
-  try:
-    args = _parser().parse_args(argv)
-    return args.run(args)
-  except InputError as error:
-    cli.refuse(str(error))
-  except OSError as error:
-    cli.refuse(f'{error.filename or ""}: {error.strerror}')
-  except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    return INTERRUPTED
+  args = _parser().parse_args(argv)
+  with cli.errors_in_one_line():
+    try:
+      return args.run(args)
+    except OSError as error:
+      raise InputError(f'{error.filename or ""}: {error.strerror}') from None
 
 
 if __name__ == '__main__':

@@ -40,30 +40,29 @@ from skipinit_jax.experiments.selection import (
 from skipinit_jax.experiments.studies import STUDIES, Grid, find_study
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.network import build_model
-from skipinit_jax.training.recipes import parse_overrides
+from skipinit_jax.training.recipes import load_recipe, parse_fields
 from skipinit_jax.training.signals import to_notice
 from skipinit_jax.variants import VARIANTS
 
 ENGINES = ('local', 'ray', 'print')
+
+Texts = list[tuple[str, str]]  # Fields that are set, and their values.
 
 
 def main() -> None:
   """Parses, and ends in one line where the input is bad."""
   for number in to_notice():
     signal.signal(number, _stop)
-  args, rest = parser().parse_known_args()
-  try:
-    with cli.errors_in_one_line():
-      if rest and args.action == 'list':
-        raise InputError(f'unexpected argument {rest[0]!r}')
-      args.call(args, rest)
-  except KeyboardInterrupt as stop:
-    number = stop.args[0] if stop.args else signal.SIGINT
-    print(
-      f'stopped by {number.name}; the same command goes on from here',
-      file=sys.stderr,
-    )
-    sys.exit(128 + number)
+  args, texts = parser().parse_with_fields()
+  with cli.errors_in_one_line():
+    try:
+      args.call(args, texts)
+    except KeyboardInterrupt as stop:
+      number = stop.args[0] if stop.args else signal.SIGINT
+      print(
+        f'stopped by {number.name}; the same command resumes', file=sys.stderr
+      )
+      sys.exit(cli.SIGNALED + number)
 
 
 def _stop(number: int, frame: types.FrameType | None) -> None:
@@ -76,6 +75,7 @@ def parser() -> cli.Parser:
   top = cli.Parser(
     prog='python -m skipinit_jax.experiments',
     description="The papers' experiments on your data.",
+    fields=True,
   )
   actions = top.add_subparsers(dest='action', required=True)
   listing = actions.add_parser('list', help='the studies and what they cost')
@@ -85,7 +85,7 @@ def parser() -> cli.Parser:
     ('report', report, 'write the report of what is finished'),
     ('status', status, 'how far a study is, from any terminal'),
   ):
-    action = actions.add_parser(name, help=help_)
+    action = actions.add_parser(name, help=help_, fields=True)
     action.set_defaults(call=call)
     action.add_argument('study', help=', '.join(STUDIES))
     action.add_argument('--dataset', default='digits')
@@ -110,19 +110,20 @@ def parser() -> cli.Parser:
   return top
 
 
-def list_studies(args: argparse.Namespace, rest: list[str]) -> None:
+def list_studies(args: argparse.Namespace, texts: Texts) -> None:
   """Prints every study and data set with its cost."""
-  del args, rest
+  del args, texts
   for study in STUDIES.values():
     print(f'{study.name}: {study.question}')
     for dataset, grid in study.grids.items():
       print(f'  --dataset={dataset}: {price(grid)}')
 
 
-def run(args: argparse.Namespace, rest: list[str]) -> None:
+def run(args: argparse.Namespace, texts: Texts) -> None:
   """Runs a study to its end and writes its report."""
   study, grid = find_study(args.study, args.dataset)
-  grid = dataclasses.replace(grid, overrides=parse_overrides(grid.recipe, rest))
+  fields = parse_fields(load_recipe(grid.recipe), texts)
+  grid = dataclasses.replace(grid, overrides=fields)
   check(grid)
   if args.engine == 'ray':
     engines.require_ray()
@@ -156,15 +157,15 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     sys.exit(cli.FAILED)
 
 
-def report(args: argparse.Namespace, rest: list[str]) -> None:
+def report(args: argparse.Namespace, texts: Texts) -> None:
   """Writes report.html and report.md in the study's folder."""
-  study, grid, workdir = opened(args, rest)
+  study, grid, workdir = opened(args, texts)
   print(write_report(study, grid, args.dataset, workdir))
 
 
-def status(args: argparse.Namespace, rest: list[str]) -> None:
+def status(args: argparse.Namespace, texts: Texts) -> None:
   """Prints how far a study is."""
-  _, grid, workdir = opened(args, rest)
+  _, grid, workdir = opened(args, texts)
   results = Results(workdir)
   known = known_runs(grid, results)
   left = [run for run in known if results(run) is None]
@@ -177,12 +178,12 @@ def status(args: argparse.Namespace, rest: list[str]) -> None:
     print(f'unreadable: {problem}')
 
 
-def opened(args: argparse.Namespace, rest: list[str]):
+def opened(args: argparse.Namespace, texts: Texts):
   """A study that was started, with the overrides that it was started with."""
   study, grid = find_study(args.study, args.dataset)
   workdir = place(args)
   overrides = read_study(workdir)['overrides']
-  if rest and parse_overrides(grid.recipe, rest) != overrides:
+  if texts and parse_fields(load_recipe(grid.recipe), texts) != overrides:
     raise InputError(f'{workdir} was run with other fields: {overrides}')
   grid = dataclasses.replace(grid, overrides=overrides)
   open_study(workdir, study, grid, args.dataset)

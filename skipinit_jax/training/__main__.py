@@ -15,7 +15,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from skipinit_jax import cli
-from skipinit_jax.cli import BAD_INPUT, FAILED
+from skipinit_jax.cli import BAD_INPUT, FAILED, LOST, SIGNALED, leave
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import processes
 from skipinit_jax.training.describe import less_memory
@@ -24,11 +24,11 @@ from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.loop import evaluate_latest, train
 from skipinit_jax.training.recipes import (
   load_recipe,
-  parse_overrides,
+  parse_fields,
   recipe_path,
   set_fields,
 )
-from skipinit_jax.training.signals import Stopped, Tolerant, leave
+from skipinit_jax.training.signals import Stopped, Tolerant
 
 
 def parser() -> cli.Parser:
@@ -36,7 +36,7 @@ def parser() -> cli.Parser:
   flags = cli.Parser(
     prog='python -m skipinit_jax.training',
     description='Trains a recipe.',
-    epilog="The recipe's fields are set as in --config.epochs=2.",
+    fields=True,
   )
   flags.add_argument(
     '--config',
@@ -49,7 +49,7 @@ def parser() -> cli.Parser:
     help='folder of the run; by default a new one under runs/',
   )
   flags.add_argument(
-    '--eval_only',
+    '--eval-only',
     action='store_true',
     help='evaluate the newest checkpoint in --workdir; print JSON',
   )
@@ -63,17 +63,17 @@ def parser() -> cli.Parser:
     '--coordinator', help='host:port of process 0, of several started by hand'
   )
   flags.add_argument(
-    '--num_processes',
+    '--num-processes',
     type=cli.number(int, 1, 2**20),
     help='how many, with --coordinator',
   )
   flags.add_argument(
-    '--process_id',
+    '--process-id',
     type=cli.number(int, 0, 2**20),
     help='which one, from 0, with --coordinator',
   )
   flags.add_argument(
-    '--heartbeat_seconds',
+    '--heartbeat-seconds',
     type=cli.number(int, 1, 10**6),
     default=100,
     help='silence of a process after which the others end (default: 100)',
@@ -83,10 +83,10 @@ def parser() -> cli.Parser:
 
 def parse(flags: cli.Parser) -> tuple[Namespace, ConfigDict]:
   """The flags of this process, and the recipe with what they set of it."""
-  args, rest = flags.parse_known_args()
+  args, texts = flags.parse_with_fields()
   with cli.errors_in_one_line():
-    fields = parse_overrides(args.config, rest)
-    return args, set_fields(load_recipe(args.config), fields)
+    config = load_recipe(args.config)
+    return args, set_fields(config, parse_fields(config, texts))
 
 
 def main(args: Namespace, config: ConfigDict) -> None:
@@ -101,7 +101,7 @@ def main(args: Namespace, config: ConfigDict) -> None:
       args.heartbeat_seconds,
     )
     if args.eval_only and args.workdir is None:
-      raise InputError('--eval_only needs the --workdir of a run')
+      raise InputError('--eval-only needs the --workdir of a run')
     workdir = args.workdir or str(_new_workdir(args.config))
     if args.eval_only:
       print(dumps(evaluate_latest(config, workdir)))
@@ -127,7 +127,7 @@ def _one_line_each(config: ConfigDict) -> Iterator[None]:
     name = signal.Signals(error.number).name
     _exit(
       f'stopped by {name} after step {error.step:,}, which is saved; the same '
-      'command goes on from there',
+      'command resumes',
       error.status,
     )
   except jax.errors.JaxRuntimeError as error:
@@ -140,7 +140,7 @@ def _one_line_each(config: ConfigDict) -> Iterator[None]:
     if jax.process_count() == 1:
       raise
     # Most often another process was lost.
-    _exit(f'a process was lost: {first}', processes.LOST)
+    _exit(f'a process was lost: {first}', LOST)
 
 
 def summary(result: dict, workdir: str) -> str:
@@ -164,7 +164,7 @@ def _new_workdir(recipe: str) -> Path:
 
 
 def _exit(message: str, status: int = BAD_INPUT) -> None:
-  line = cli.one_line(f'error: {message}' if status < 128 else message)
+  line = cli.one_line(f'error: {message}' if status < SIGNALED else message)
   # JAX's exit handlers wait for the other processes, and threads of Orbax
   # wait ten minutes for the rest of a save that failed.
   if processes.several() or status == FAILED:

@@ -6,10 +6,6 @@ from jax.experimental import multihost_utils
 
 from skipinit_jax.errors import InputError, RunError
 
-# Exit status: another process was lost, and a collective failed of it. Where
-# the collective hangs instead, JAX's heartbeat aborts this process: status 134.
-LOST = 76
-
 
 def initialize(
   distributed: bool,
@@ -30,8 +26,8 @@ def initialize(
   """
   named = {
     '--coordinator': coordinator,
-    '--num_processes': num_processes,
-    '--process_id': process_id,
+    '--num-processes': num_processes,
+    '--process-id': process_id,
   }
   missing = [flag for flag, value in named.items() if value is None]
   if len(missing) == 3 and not distributed:
@@ -51,8 +47,8 @@ def initialize(
       )
   if process_id is not None and process_id >= num_processes:
     raise InputError(
-      f'--process_id={process_id} must be less than '
-      f'--num_processes={num_processes}'
+      f'--process-id={process_id} must be less than '
+      f'--num-processes={num_processes}'
     )
   try:
     jax.distributed.initialize(
@@ -65,7 +61,7 @@ def initialize(
     raise InputError(
       f'the processes could not find each other: {str(error).splitlines()[0]}; '
       'outside Cloud TPU, Slurm and Open MPI give --coordinator, '
-      '--num_processes and --process_id'
+      '--num-processes and --process-id'
     ) from None
 
 

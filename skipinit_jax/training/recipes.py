@@ -1,7 +1,6 @@
 """Recipes: found by name, loaded, and their fields changed."""
 
 import ast
-import difflib
 import inspect
 import runpy
 import traceback
@@ -13,7 +12,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.errors import InputError, nearest, unknown
 from skipinit_jax.training.checks import check_types
 
 
@@ -120,20 +119,20 @@ def set_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
   return config
 
 
-def parse_overrides(recipe: str, arguments: Iterable[str]) -> dict[str, Any]:
-  """The fields of arguments such as --config.epochs=2, typed as the recipe's.
+def parse_fields(
+  config: ConfigDict, texts: Iterable[tuple[str, str]]
+) -> dict[str, Any]:
+  """Values of fields that are given as text, typed as the config's.
+
+  Args:
+    config: a recipe.
+    texts: dotted names, and what is given for each.
 
   Raises:
-    InputError: something else, an unknown field, or a value of another type.
+    InputError: an unknown field, or a value of another type.
   """
-  config, fields = load_recipe(recipe), {}
-  for argument in arguments:
-    name, equals, text = argument.removeprefix('--config.').partition('=')
-    if not argument.startswith('--config.') or not equals:
-      raise InputError(
-        f'unexpected argument {argument!r}; fields are set as in '
-        '--config.epochs=2'
-      )
+  fields = {}
+  for name, text in texts:
     part, last = _field(config, name)
     fields[name] = _value(name, part.get_type(last), text)
   return fields
@@ -146,10 +145,7 @@ def _field(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
   for step in path:
     part = part.get(step) if isinstance(part, ConfigDict) else None
   if not isinstance(part, ConfigDict) or last not in part:
-    near = difflib.get_close_matches(
-      name[:100], flatten_dict(config.to_dict(), sep='.'), 1
-    )
-    hint = f'; did you mean {near[0]!r}?' if near else ''
+    hint = nearest(name, flatten_dict(config.to_dict(), sep='.'))
     raise InputError(f'the recipe has no field {name!r}{hint}')
   return part, last
 

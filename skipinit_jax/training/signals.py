@@ -3,10 +3,11 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from typing import TextIO
+
+from skipinit_jax.cli import SIGNALED, leave
 
 # SIGHUP comes from a terminal that is gone, SIGUSR1 from schedulers ahead of
 # time.
@@ -37,7 +38,7 @@ class Stopped(Exception):
   @property
   def status(self) -> int:
     """Exit status, as a shell gives it: 128 and the signal's number."""
-    return 128 + self.number
+    return SIGNALED + self.number
 
 
 class StopRequest:
@@ -92,12 +93,13 @@ class StopRequest:
         continue
       name = signal.Signals(number).name
       if number in seen and number in IMPATIENT:
-        leave(f'{name} again: stopping at once', 128 + number)
+        leave(f'{name} again: stopping at once', SIGNALED + number)
       seen.add(number)
       if self.requested is not None:
         continue
       if self.nothing_to_lose:
-        leave(f'{name} before the first step: nothing to save', 128 + number)
+        line = f'{name} before the first step: nothing to save'
+        leave(line, SIGNALED + number)
       self.requested = number
       self._say(
         f'{name}: saving and stopping; SIGINT or SIGTERM twice to stop at once'
@@ -130,14 +132,6 @@ class Tolerant:
     """Flushes what can be flushed."""
     with contextlib.suppress(OSError):
       self._stream.flush()
-
-
-def leave(line: str, status: int) -> None:
-  """Ends the process now, without exit handlers, which may wait for others."""
-  sys.stdout.flush()
-  above = '\n' if sys.stderr.isatty() else ''  # Leaves the progress line.
-  print(above + line, file=sys.stderr, flush=True)
-  os._exit(status)
 
 
 def _ignore(number, frame):

@@ -5,9 +5,7 @@ import time
 
 from jax._src import distributed
 
-from skipinit_jax.training.signals import leave
-
-STUCK = 75  # Exit status.
+from skipinit_jax.cli import STUCK, leave
 
 
 class Watchdog:
