@@ -3,10 +3,10 @@
   python -m benchmarks.growth run --out=docs/growth
   python -m benchmarks.growth draw --out=docs/growth
 
-`run` compiles n-2 Wide-ResNets for a TPU that is not here (v5e:2x2, 128 images
-of CIFAR's size a chip, `pip install libtpu`) and times networks on the digits
-on what is here, all in one process and interleaved; it writes OUT.json. `draw`
-makes OUT.png of that.
+`run` compiles n-2 Wide-ResNets for a TPU (v5e:2x2, 128 images of CIFAR's size
+per chip; `pip install libtpu`, no TPU is needed), times networks on the digits
+on this machine, interleaved in one process, and writes OUT.json. `draw` makes
+OUT.png from it.
 """
 
 import importlib.metadata
@@ -54,7 +54,7 @@ BATCHES = (1, 8, 64, 256, 1024)  # At depth 16.
 
 
 def compiled(form: str, depth: int) -> dict[str, Any]:
-  """What the TPU compiler says of one point."""
+  """The TPU compiler's figures for one point."""
   where = topology(TOPOLOGY)
   method, scan, remat = COMPILED[form][0]
   config = peers.recipe(method, 'cifar10', 128 * where.chips)
@@ -77,7 +77,7 @@ def digits(method: str, depth: int, batch_size: int) -> Any:
 
 
 def time_all(rounds: int) -> list[dict[str, Any]]:
-  """Images a second of every network on the digits, round by round."""
+  """Images per second of every network on the digits, round by round."""
   points = [(m, d, 32) for m in METHODS for d in DEPTHS]
   points += [(m, 16, b) for m in METHODS for b in BATCHES]
   steps = {p: digits(*p) for p in tqdm.tqdm(points, desc='compiling')}
@@ -133,7 +133,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def draw_memory(axes: Axes, points: list[dict[str, Any]]) -> None:
-  """A step's activations against the depth, by form."""
+  """Plots a step's activations against the depth, by form."""
   for form, (label, color, marker, dashes) in FORMS.items():
     shown = [p for p in points if p['form'] == form and p['fits']]
     axes.plot(
@@ -154,7 +154,7 @@ def draw_memory(axes: Axes, points: list[dict[str, Any]]) -> None:
 
 
 def draw_rates(axes: Axes, points: list[dict[str, Any]], along: str) -> None:
-  """Images a second against a field, by method: median and range."""
+  """Plots images per second against a field, by method: median and range."""
   for method, label in METHODS.items():
     shown = [p for p in points if p['method'] == method]
     shown.sort(key=lambda p: p[along])

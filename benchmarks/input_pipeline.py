@@ -1,14 +1,14 @@
-"""How fast JPEGs become training batches, side by side with other ways.
+"""How fast JPEGs become training batches, beside other ways.
 
   python benchmarks/input_pipeline.py --out=docs/input_pipeline
 
 Images of ImageNet's size (500x375, about 110 KB; noise with the spectrum of
 photographs) in the page cache, random-resized to 224x224 in batches of 64.
-Every contender is a process of its own that lives through the whole run; in
-each round all are asked for the same number of images, one after the other,
-while the rest are idle. Images made ahead of time are thrown away before the
-clock starts. CPU time and memory are those of the contender and of its workers.
-Writes OUT.json (every round) and prints a table.
+Every contender is a process that lives through the whole run; in each round all
+make the same number of images, one contender after the other, while the rest
+are idle. Images made ahead of time are discarded before the clock starts. CPU
+time and memory are those of the contender and of its workers. Writes OUT.json
+(every round) and prints a table.
 
 tf.data takes part where TensorFlow is installed.
 """
@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 IMAGES, BATCH, SIZE = 512, 64, 224
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
-DRAIN = 8  # Batches thrown away before the clock starts.
+DRAIN = 8  # Batches discarded before the clock starts.
 
 
 def texture(rng: np.random.Generator) -> np.ndarray:
@@ -128,7 +128,7 @@ def tf_data(folder: Path, workers: int) -> Iterator[object]:
 
 
 def pillow(folder: Path, workers: int) -> Iterator[object]:
-  """As torchvision's transforms on Pillow images, in one thread."""
+  """Like torchvision's transforms on Pillow images, in one thread."""
   import io
 
   from PIL import Image
@@ -151,7 +151,7 @@ def pillow(folder: Path, workers: int) -> Iterator[object]:
 
 
 def decode(folder: Path, workers: int) -> Iterator[object]:
-  """libjpeg-turbo alone: whole images, in one thread, kept nowhere."""
+  """libjpeg-turbo alone: whole images, in one thread, not kept."""
   import simplejpeg
 
   records = _records(folder)
@@ -180,7 +180,7 @@ CONTENDERS = {
 
 
 def serve(name: str, folder: Path) -> None:
-  """Answers each line, a number of images, with the figures of a round."""
+  """Reads a number of images per line; prints the figures of each round."""
   function, workers = CONTENDERS[name]
   batches = function(folder, workers)
   for line in sys.stdin:
@@ -200,7 +200,7 @@ def serve(name: str, folder: Path) -> None:
 
 
 def _settle() -> None:
-  """Returns when what is made ahead of time has been made."""
+  """Waits until everything that is made ahead of time has been made."""
   before = -1.0
   while cpu_seconds() - before > 0.02:
     before = cpu_seconds()
@@ -208,7 +208,7 @@ def _settle() -> None:
 
 
 def _family() -> list[int]:
-  """This process and all that it started, the helpers left out."""
+  """This process and its descendants, without Python's helpers."""
   parents = {}
   for entry in Path('/proc').iterdir():
     if entry.name.isdigit():

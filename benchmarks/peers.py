@@ -1,4 +1,4 @@
-"""What the cost and throughput benchmarks compare, side by side."""
+"""The networks that the cost and throughput benchmarks compare."""
 
 import contextlib
 import functools
@@ -38,13 +38,13 @@ NETWORKS = {
 def recipe(network: str, data: str, batch_size: int) -> ConfigDict:
   """Ours: a ResNet-50 on ImageNet, or a 16-4 Wide-ResNet on CIFAR-10.
 
-  SGD with Nesterov momentum and L2, as in Flax's example; for `activation` to
-  be built inside `as_network`.
+  SGD with Nesterov momentum and L2, as in Flax's example. `activation` must be
+  built inside `as_network`.
   """
   config = default_config()
   config.batch_size = batch_size
   config.data = load_recipe(data.removesuffix('2012')).data
-  config.data.shift, config.data.flip = 0, False  # Networks are compared.
+  config.data.shift, config.data.flip = 0, False  # Only networks are compared.
   config.optimizer.nesterov = True
   config.optimizer.l2 = 1e-4
   config.schedule.name = 'cosine'
@@ -66,7 +66,7 @@ def recipe(network: str, data: str, batch_size: int) -> ConfigDict:
 
 
 def as_network(network: str) -> contextlib.AbstractContextManager:
-  """Where our networks are built as `network` has them."""
+  """A context in which our networks are built as `network` names them."""
   if network == 'activation':
     return mock.patch.object(blocks, 'SkipInitConv', ScaledConv)
   return contextlib.nullcontext()

@@ -1,15 +1,14 @@
-"""Images a second and memory of the training step, network by network.
+"""Images per second and memory of the training step, network by network.
 
   python -m benchmarks.throughput --out=docs/throughput
 
-On whatever is here: a GPU, a TPU, or the CPU (where small batches stand in).
-Every measurement is a process of its own, so that each has the whole device; in
-each round all networks take their turn. A first round fills the compilation
-cache and is thrown away. Steps are the real, pmapped ones, on images that lie
-on the device. The host's share is the time that a call takes to return while
-the device has nothing else to do. Writes OUT.json (every round) and prints a
-table (medians, the least and the most). PyTorch takes part where torch is
-installed.
+Runs on the GPUs, the TPU, or the CPU (with small batches) of this machine.
+Every measurement is a process, which has the whole device; in each round all
+networks take their turn. A first round fills the compilation cache and is
+discarded. Steps are the real, pmapped ones, on images on the device. The host's
+share is the time that a call takes to return while the device is idle. Writes
+OUT.json (every round) and prints a table (medians, the least and the most).
+PyTorch takes part where torch is installed.
 
 Peak memory is the device allocator's; on a CPU, the resident memory of the
 whole process.
@@ -71,9 +70,9 @@ BASES = {'resnet50': 'example', 'wrn16-4': 'batchnorm'}
 def networks(case: str, platform: str) -> list[str]:
   """The contenders of a case.
 
-  On a CPU a convolution inside a loop is many times slower, so that there are
-  no micro-batches and single steps; several steps a call are for data that lies
-  on the device.
+  On a CPU a convolution inside a loop is many times slower, so there are no
+  micro-batches and only single steps; several steps per call need data on the
+  device.
   """
   names = list(peers.NETWORKS)
   if importlib.util.find_spec('torch') is None or platform == 'tpu':
@@ -88,7 +87,7 @@ def networks(case: str, platform: str) -> list[str]:
 
 
 def our_step(config: ConfigDict, network: str = '') -> Callable[[], Any]:
-  """A function that starts a step of a recipe and returns its metrics."""
+  """Makes a function that starts a step of a recipe and returns its metrics."""
   check_config(config, jax.device_count())
   data = stand_in(config.data)
   with peers.as_network(network):
@@ -109,12 +108,12 @@ def our_step(config: ConfigDict, network: str = '') -> Callable[[], Any]:
       state[0], metrics = program.train_step(state[0], batch, message(), count)
       return metrics
 
-    jax.block_until_ready(step())  # Traced here, as the network says.
+    jax.block_until_ready(step())  # Traces the step inside `as_network`.
   return step
 
 
 def example_step(batch_size: int) -> Callable[[], Any]:
-  """A function that starts a step of Flax's example."""
+  """Makes a function that starts a step of Flax's example."""
   dtype = jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16
   model = peers.ExampleResNet50(dtype)
   tx = optax.sgd(0.1, 0.9, nesterov=True)
@@ -136,7 +135,7 @@ def example_step(batch_size: int) -> Callable[[], Any]:
 
 
 def time_here(network: str, case: str, seconds: float) -> dict[str, float]:
-  """Images a second, peak memory and host time of one network, here."""
+  """Images per second, peak memory and host time of one network, here."""
   model, batch_size = case.split(':')
   images, wait = int(batch_size), jax.block_until_ready
   if network == 'torch':
@@ -162,7 +161,7 @@ def time_here(network: str, case: str, seconds: float) -> dict[str, float]:
   calls = max(2, round(seconds / run(1)))
   elapsed = run(calls)
   start = time.perf_counter()
-  out = step()  # Returns when the device has been told what to do.
+  out = step()  # Returns once the step is dispatched.
   host = time.perf_counter() - start
   wait(out)
   return {
@@ -189,7 +188,7 @@ def peak_bytes(network: str) -> int:
 def measure(
   network: str, case: str, seconds: float, cache: str
 ) -> dict[str, Any]:
-  """`time_here` in a process of its own; `error` where it did not fit."""
+  """`time_here` in another process; `error` if it did not fit."""
   command = [
     sys.executable,
     '-m',
@@ -278,7 +277,7 @@ def table(results: dict[str, dict[str, list]]) -> str:
 
 
 def describe() -> dict[str, Any]:
-  """The platform and its devices, asked of a process that then lets them go."""
+  """The platform and its devices, from a process that then releases them."""
   code = (
     'import jax; d = jax.devices(); '
     'print(d[0].platform, len(d), "x", d[0].device_kind)'

@@ -50,7 +50,7 @@ def resnet50(classes: int) -> nn.Module:
 
 
 def make_step(batch_size: int, side: int, classes: int):
-  """A function that starts one step.
+  """Makes a function that starts one step.
 
   bfloat16 autocast on a GPU, float32 on a CPU, as the other networks.
   """
@@ -78,13 +78,13 @@ def make_step(batch_size: int, side: int, classes: int):
 
 
 def wait(out: None) -> None:
-  """Returns when all steps are done."""
+  """Waits until all steps are done."""
   if CUDA:
     torch.cuda.synchronize()
 
 
 def peak_bytes() -> int:
-  """Of a GPU's memory."""
+  """Peak bytes of GPU memory."""
   return torch.cuda.max_memory_allocated()
 
 

@@ -1,4 +1,4 @@
-"""What a ResNet-50 training step costs a TPU chip, network by network.
+"""The cost of a ResNet-50 training step on a TPU chip, network by network.
 
   python -m benchmarks.tpu_cost --out=docs/tpu_cost
 

@@ -1,4 +1,4 @@
-"""What `watch_every_steps` costs: a look beside a step.
+"""The cost of `watch_every_steps`: `watch_step` beside a training step.
 
   python -m benchmarks.watching --out=docs/watching.json
 
@@ -65,7 +65,7 @@ def measure(depth: int, rounds: int, steps: int) -> dict[str, Any]:
     call()  # Compiles.
   order = random.Random(0)
   for _ in tqdm.trange(rounds, desc=f'depth {depth}'):
-    # In any order: what ran before leaves the caches in its own state.
+    # In random order: what ran before affects the caches.
     for name, call in order.sample(list(calls.items()), len(calls)):
       start = time.perf_counter()
       for _ in range(steps):
@@ -78,7 +78,7 @@ def measure(depth: int, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def stepper(depth: int) -> Callable[[], Any]:
-  """A call that makes the next step of a run."""
+  """Makes a function that takes the next step of a run."""
   program, state, batch = run(depth)
 
   def step() -> Any:
@@ -90,7 +90,7 @@ def stepper(depth: int) -> Callable[[], Any]:
 
 
 def looker(depth: int) -> Callable[[], Any]:
-  """A call that looks into the blocks."""
+  """Makes a function that calls `watch_step`."""
   program, state, batch = run(depth)
   return lambda: program.watch_step(state, batch)
 

@@ -1,7 +1,7 @@
 """Training on one image at a time, where batch normalization has no batch.
 
-Each digit makes a step of its own; nothing in the network looks beyond it.
-`python -m examples.batch_of_one` takes half a minute on one CPU core.
+Every step trains on one digit. `python -m examples.batch_of_one` takes half a
+minute on one CPU core.
 """
 
 import sys
@@ -18,7 +18,7 @@ model = WideResNet(depth=16, width=1, num_classes=10, biases=True)
 
 
 def make_step(tx, images, labels):
-  """The training step on one of the images, which lie on the device."""
+  """The training step on the image of index `i`; all are on the device."""
 
   def step(params, opt_state, i):
     def loss(params):
@@ -39,7 +39,7 @@ def main(steps):
   images = jnp.float32(images.reshape(-1, 8, 8, 1) / 8 - 1)
   n, rng = len(images) - 360, np.random.default_rng(0)
 
-  # Of 2^-8 and 2^-9, equally good on held out training images, the smaller.
+  # 2^-8 is equally good on held-out training images.
   tx = optax.sgd(optax.cosine_decay_schedule(2**-9, steps), momentum=0.9)
   init = jax.jit(model.init, static_argnames='train')
   params = init(jax.random.key(0), images[:1], train=False)['params']

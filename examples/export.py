@@ -43,12 +43,12 @@ def main(folder: Path) -> None:
 
 
 def classify(exported: Path, images: np.ndarray, labels: np.ndarray) -> None:
-  """What a deployment does: it reads two files, and gives images to one.
+  """Classifies images with the two exported files, as a deployment would.
 
   Args:
     exported: the folder of an export.
-    images: uint8 (n, height, width, channels), of any number.
-    labels: integers (n,), to count what is right.
+    images: uint8 (n, height, width, channels), for any n.
+    labels: integers (n,), to measure the accuracy.
   """
   program = jax.export.deserialize(
     bytearray((exported / 'model.stablehlo').read_bytes())
@@ -56,14 +56,14 @@ def classify(exported: Path, images: np.ndarray, labels: np.ndarray) -> None:
   described = json.loads((exported / 'model.json').read_text())
   assert list(images.shape[1:]) == described['input']['shape'][1:]
 
-  logits = np.asarray(program.call(images[:1]))  # One image,
+  logits = np.asarray(program.call(images[:1]))  # One image.
   for row in images[0, :, :, 0]:
     print(''.join(2 * ' .:*#'[pixel // 4] for pixel in row))
   print(f'is a {labels[0]}, classified as a {logits[0].argmax()}')
 
-  logits = np.asarray(program.call(images))  # and all of them.
+  logits = np.asarray(program.call(images))  # All of them.
   right = np.mean(logits.argmax(-1) == labels)
-  print(f'{100 * right:.1f} % of {len(images)} images are classified rightly')
+  print(f'{100 * right:.1f} % of {len(images)} images are classified correctly')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""SkipInit in Flax Linen: a block of one's own, and a whole network.
+"""SkipInit in Flax Linen: a custom block and a whole network.
 
-Both are ordinary modules without mutable state, so that one training loop does
-for both. `python -m examples.linen` takes half a minute on one CPU core.
+Both are ordinary modules without mutable state, so one training loop serves
+both. `python -m examples.linen` takes half a minute on one CPU core.
 """
 
 import sys
@@ -30,7 +30,7 @@ class Perceptron(nn.Module):
 
   @nn.compact
   def __call__(self, images, train):
-    """Returns logits (batch, 10); `train` makes no difference."""
+    """Returns logits (batch, 10); `train` is ignored."""
     x = nn.Dense(64)(images.reshape(images.shape[0], -1))
     for _ in range(20):
       x = Block()(x)
@@ -38,7 +38,7 @@ class Perceptron(nn.Module):
 
 
 def accuracy(model, images, labels, epochs, tests=360, batch_size=32):
-  """Trains on all digits but the last; returns the accuracy on these."""
+  """Trains on all but the last digits; returns the accuracy on those."""
   n = len(images) - tests
   decay = optax.add_decayed_weights(5e-4, decay_mask)
   rate = optax.cosine_decay_schedule(0.03, epochs * (n // batch_size))

@@ -1,7 +1,8 @@
-"""SkipInit in Flax NNX: a block of one's own, and a whole network.
+"""SkipInit in Flax NNX: a custom block and a whole network.
 
-The block ends in a native `SkipInitLinear`, the Wide-ResNet is Linen's through
-Flax's bridge. `python -m examples.nnx` takes half a minute on one CPU core.
+The block ends in a native `SkipInitLinear`; the Wide-ResNet is a Linen module
+behind Flax's bridge. `python -m examples.nnx` takes half a minute on one CPU
+core.
 """
 
 import sys
@@ -36,7 +37,7 @@ class Perceptron(nnx.Module):
     self.classifier = nnx.Linear(64, 10, rngs=rngs)
 
   def __call__(self, images, train):
-    """Returns logits (batch, 10); `train` makes no difference."""
+    """Returns logits (batch, 10); `train` is ignored."""
     x = self.stem(images.reshape(images.shape[0], -1))
     for block in self.blocks:
       x = block(x)
@@ -56,7 +57,7 @@ def train_step(model, optimizer, images, labels):
 
 
 def accuracy(model, images, labels, epochs, tests=360, batch_size=32):
-  """Trains on all digits but the last; returns the accuracy on these."""
+  """Trains on all but the last digits; returns the accuracy on those."""
   n, rng = len(images) - tests, np.random.default_rng(0)
   rate = optax.cosine_decay_schedule(0.03, epochs * (n // batch_size))
   optimizer = nnx.Optimizer(model, optax.sgd(rate, momentum=0.9), wrt=nnx.Param)

@@ -1,11 +1,12 @@
 """Differentially private training (Abadi et al. 2016) on the digits.
 
-Every image's gradient is taken by itself, clipped, and added to the others with
+Each image's gradient is computed alone, clipped, and added to the others with
 noise, a micro-batch at a time. Under batch normalization it would depend on the
-rest of the batch, and clipping it would bound nothing. Batches are Poisson
-samples: by dp-accounting 0.6 (privacy loss distributions, one image added or
-removed) 100 steps have epsilon 5.7 at delta 1e-4, the choice of the rate not
-counted. `python -m examples.private` takes half a minute on one CPU core.
+rest of the batch, and clipping it would not bound what one image contributes.
+Batches are Poisson samples: by dp-accounting 0.6 (privacy loss distributions,
+one image added or removed) 100 steps have epsilon 5.7 at delta 1e-4, the choice
+of the rate not counted. `python -m examples.private` takes half a minute on one
+CPU core.
 """
 
 import sys
@@ -17,14 +18,14 @@ from sklearn.datasets import load_digits
 
 from skipinit_jax import ResNet
 
-CLIP, NOISE = 1.0, 1.5  # Of one gradient's norm; the noise's deviation / CLIP.
+CLIP, NOISE = 1.0, 1.5  # Gradient norm; standard deviation of the noise / CLIP.
 BATCH, CAPACITY, MICRO_BATCH = 256, 384, 32  # BATCH on average.
 sizes = {'features': 8, 'stem_features': 8, 'small_images': True}
 model = ResNet((1, 1, 1), num_classes=10, alpha='1/sqrt(d)', **sizes)
 
 
 def loss(params, image, label, drawn):
-  """Of a batch of one image; 0 for a row that only fills the batch up."""
+  """The loss of one image; 0 for a row that only pads the batch."""
   logits = model.apply({'params': params}, image, train=True)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
   return (drawn * losses).sum()
@@ -49,7 +50,7 @@ tx = optax.chain(
 
 @jax.jit
 def train_step(params, opt_state, images, labels, drawn):
-  """One private step on CAPACITY rows; `drawn` says which of them count."""
+  """One private step on CAPACITY rows; `drawn` marks those that count."""
   total, _ = sum_of_clipped(params, images, labels, drawn)
   row = jax.tree.map(lambda grad: grad[None], total)
   updates, opt_state = tx.update(row, opt_state, params)

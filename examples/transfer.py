@@ -1,4 +1,4 @@
-"""A trained body under a new head, for classes that it has not seen.
+"""A trained body under a new head, for classes it was not trained on.
 
 A network learns the digits 0 to 4. Its body goes into a network for 5 to 9, of
 which the head alone, or everything, is then trained on 25 images; beside it the
@@ -20,7 +20,7 @@ model = WideResNet(depth=16, width=1, num_classes=5)
 
 
 def train(params, tx, images, labels, steps, batch_size=25):
-  """Returns the parameters after so many steps."""
+  """Returns the parameters after `steps` steps."""
 
   @jax.jit
   def train_step(params, opt_state, images, labels):

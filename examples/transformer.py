@@ -1,4 +1,4 @@
-"""A vision transformer on the digits: what may take normalization's place?
+"""A vision transformer on the digits: what can replace normalization?
 
   python -m examples.transformer --out=docs/transformer
 
@@ -14,9 +14,10 @@ branch f and an MLP branch f:
 
 SGD with momentum trains transformers poorly, so all four use Adam, a linear
 warm-up over a tenth of the steps and a cosine. The rate of every kind and depth
-is chosen on 360 held out training images; the 360 test images are looked at
-once, by networks trained on the whole training split. Takes 15 minutes of a CPU
-core; `--small` tries one rate at 4 blocks. Writes OUT.json and OUT.png.
+is chosen on 360 held-out training images; networks trained on the whole
+training split are evaluated exactly once on the 360 test images. Takes 15
+minutes of a CPU core; `--small` tries one rate at 4 blocks. Writes OUT.json and
+OUT.png.
 """
 
 import argparse
@@ -53,11 +54,11 @@ KINDS = {
 }
 BATCH_SIZE = 16
 HELD_OUT = 360  # Images, to choose the rates; as many again to test.
-COMPILING = 20  # Compiling takes as long as training so many blocks.
+COMPILING = 20  # Compiling takes as long as training this many blocks.
 
 
 class Plan(NamedTuple):
-  """What is run. Rates are 2^exponent.
+  """The grid of runs. Rates are 2^exponent.
 
   While the best exponent is at an edge, the search goes on in steps of 2, from
   `lowest` to `highest` at most.
@@ -75,7 +76,7 @@ SMALL = Plan((4,), (-8,), -8, -8, (0, 1), steps=67)  # An epoch.
 
 
 class Residual(nn.Module):
-  """A branch, and where it joins the skip path.
+  """A branch and its join with the skip path.
 
   Attributes:
     kind: one of KINDS.
@@ -97,7 +98,7 @@ class Residual(nn.Module):
 
 
 def attention(x: jax.Array, last: nn.Module, heads: int = 4) -> jax.Array:
-  """Self-attention of all tokens to all."""
+  """Self-attention between all tokens."""
   qkv = nn.Dense(3 * x.shape[-1], name='qkv')(x)
   qkv = qkv.reshape(*x.shape[:-1], 3 * heads, -1)
   query, key, value = jnp.split(qkv, 3, axis=-2)
@@ -106,7 +107,7 @@ def attention(x: jax.Array, last: nn.Module, heads: int = 4) -> jax.Array:
 
 
 def mlp(x: jax.Array, last: nn.Module) -> jax.Array:
-  """Two layers, the first four times as wide."""
+  """Two layers; the hidden one is four times as wide."""
   return last(nn.relu(nn.Dense(4 * x.shape[-1], name='first')(x)))
 
 
@@ -114,11 +115,11 @@ class Block(nn.Module):
   """Attention, then MLP."""
 
   kind: str
-  strides: int = 1  # `Stage` gives it to its blocks; no use here.
+  strides: int = 1  # Unused here; `Stage` passes it to its blocks.
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """x: (batch, tokens, features); `train` makes no difference."""
+    """x: (batch, tokens, features); `train` is ignored."""
     x = Residual(self.kind, attention, name='attention')(x)
     return Residual(self.kind, mlp, name='mlp')(x)
 
@@ -229,7 +230,7 @@ def search(plan: Plan, run: Callable[[int], dict]) -> tuple[int, list[dict]]:
 
 
 def measure(plan: Plan) -> list[dict[str, Any]]:
-  """Every kind and depth: all rates on held out images, the best on test."""
+  """Every kind and depth: all rates on held-out images, the best on test."""
   data = load()
   n, start, done = len(data[0]) - HELD_OUT, time.perf_counter(), 0
   each = len(plan.exponents) + len(plan.seeds)

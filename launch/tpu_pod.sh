@@ -1,12 +1,12 @@
 #!/bin/bash
-# A Cloud TPU slice: makes it, installs on every worker, and trains until done.
+# Creates a Cloud TPU slice, installs on every worker, and trains until done.
 #   NAME=skipinit ZONE=us-west4-a TYPE=v5litepod-64 REPOSITORY=https://... \
 #     launch/tpu_pod.sh --config=configs/imagenet.py \
 #     --config.data.dir=/mnt/data --workdir=/mnt/shared/runs/imagenet
 # Needs the gcloud command, and a workdir that all workers see. The usual TPU
 # image carries Python 3.10, too old for JAX: Ubuntu's own 3.11 is installed.
-# What is lost, preempted or stuck is started again, at most MAX_RESTARTS times,
-# after a wait that grows from 10 s to 11 min.
+# If the slice is lost or preempted, or the run is stuck, it starts again, at most
+# MAX_RESTARTS times, after a wait that grows from 10 s to 11 min.
 set -euo pipefail
 : "${NAME:?}" "${ZONE:?}" "${TYPE:?}" "${REPOSITORY:?}"
 IMAGE=${IMAGE:-v2-alpha-tpuv5-lite}
@@ -25,8 +25,8 @@ on_all_workers() {
     --command="$1"
 }
 
-# Sets `state`: NONE where there is no such resource. Fails where gcloud does for
-# another reason; ends where that will not pass.
+# Sets `state`, to NONE if there is no such resource. Returns 1 if gcloud fails for
+# another reason; exits if a retry would not help.
 look() {
   if state=$(resource describe --format='value(state.state)' 2>"$output"); then
     return 0
@@ -49,7 +49,7 @@ make_slice() {
   case $state in
     NONE | ACTIVE | ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES)
       ;;
-    *) # Preempted or failed: what is left of it must go first.
+    *) # Preempted or failed: delete what is left of it first.
       resource delete --force --quiet || return 1
       state=NONE
       ;;
@@ -83,7 +83,7 @@ cd skipinit-jax
 
 arguments=
 (($# == 0)) || printf -v arguments ' %q' "$@"
-# gcloud's exit status is not that of the command on the workers: they say it.
+# gcloud does not return the workers' exit statuses, so they print them.
 ended='train.py ended with status'
 train="cd skipinit-jax
 .venv/bin/python train.py --distributed$arguments
@@ -91,7 +91,7 @@ status=\$?
 echo \"$ended \$status\"
 exit \$status"
 
-# Succeeds when the run is done; ends where starting again can't mend it.
+# Returns 0 when the run is done; exits if a restart can't fix it.
 attempt() {
   local ended_well=true heard=false status
   make_slice || return 1
