@@ -29,7 +29,7 @@ def test_citation_is_of_this_version_and_of_the_paper():
   assert cited['version'] == __version__
   assert cited['license'] == PROJECT['license']
   assert cited['repository-code'] == URL
-  assert cited['authors'] == [{'name': 'The skipinit-jax authors'}]
+  assert cited['authors'] == PROJECT['authors']
   paper = cited['references'][0]
   assert paper['url'] == PROJECT['urls']['Paper']
   assert [a['family-names'] for a in paper['authors']] == ['De', 'Smith']
