@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from benchmarks.input_pipeline import machine
 from skipinit_jax import cli
 from skipinit_jax.data import open_dataset
+from skipinit_jax.files import write_json
 from skipinit_jax.training.devices import message, replicate
-from skipinit_jax.training.lines import write_json
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.program import make_program

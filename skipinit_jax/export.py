@@ -32,11 +32,11 @@ from flax.traverse_util import flatten_dict
 from skipinit_jax import cli
 from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.errors import InputError, RunError, unknown
+from skipinit_jax.files import dumps, write_json
 from skipinit_jax.models.fold import fold
 from skipinit_jax.models.methods import Method, resolve_method
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import stack_blocks, unstack_blocks
-from skipinit_jax.training.lines import dumps, write_json
 from skipinit_jax.training.saved import Saved, load_run
 from skipinit_jax.version import __version__
 from skipinit_jax.weights import SEPARATOR, load_weights, save_weights

@@ -2,11 +2,12 @@
 
 import errno
 import json
+import math
 import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from etils import epath
@@ -140,6 +141,16 @@ def read_json(path: epath.PathLike) -> dict[str, Any] | None:
     raise DamagedFile(path, str(error)) from None
 
 
+def write_json(path: epath.PathLike, value: Any) -> None:
+  """Writes a JSON file in one piece, see `write_whole`."""
+  write_whole(path, (dumps(value, indent=2) + '\n').encode())
+
+
+def dumps(value: Any, **kwargs) -> str:
+  """Strict JSON, with null for numbers that are not finite."""
+  return json.dumps(_finite(value), allow_nan=False, **kwargs)
+
+
 def parse_object(data: bytes) -> dict[str, Any]:
   """The JSON object in UTF-8; ValueError, in a few words, if it is none."""
   try:
@@ -169,6 +180,16 @@ def name_aside(path: epath.PathLike) -> epath.Path:
     number += 1
     aside = path.with_name(f'damaged-{path.name}.{number}')
   return aside
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {k: _finite(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(v) for v in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
 
 
 def _refuse(name: str) -> None:

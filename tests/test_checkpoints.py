@@ -16,11 +16,11 @@ from runs import listing
 
 from skipinit_jax import files
 from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.files import dumps
 from skipinit_jax.models.stages import stack_blocks, unstack_blocks
 from skipinit_jax.training import checkpoints
 from skipinit_jax.training.checkpoints import Checkpoints, digest
 from skipinit_jax.training.config import default_config
-from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.step import TrainState
 
 # A read that fails leaves TensorStore's other reads without their event loop.

@@ -13,8 +13,9 @@ from runs import last_state, metric_lines
 
 from skipinit_jax import files
 from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.files import write_json
 from skipinit_jax.training import changes, train
-from skipinit_jax.training.lines import Lines, write_json
+from skipinit_jax.training.lines import Lines
 from skipinit_jax.training.metrics import read_metrics
 from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.training.result import read_result, take_result
@@ -69,12 +70,12 @@ def no_pause(monkeypatch):
   monkeypatch.setattr(files, 'PAUSES', (0.0, 0.0))
 
 
-def take_up(workdir, config=None, step=6):
+def start_on(workdir, config=None, step=6):
   """What `train` does with the files before the first step."""
   since = open_workdir(workdir, config or recipe(), TOTAL)
   result = take_result(workdir)
   lines = Lines(workdir)
-  said = lines.take_up(step)
+  said = lines.resume(step)
   lines.close()
   return since, result, said
 
@@ -159,7 +160,7 @@ def assert_healed(workdir, capsys):
   """Started once more, nothing is said, and nothing moves."""
   names = {path.name for path in workdir.iterdir()}
   capsys.readouterr()
-  _, _, said = take_up(workdir)
+  _, _, said = start_on(workdir)
   assert not said
   assert not capsys.readouterr().err
   assert {path.name for path in workdir.iterdir()} == names
@@ -174,7 +175,7 @@ def lines_of(text):
 def test_a_damaged_config_is_set_aside_and_ours_written(state, workdir, capsys):
   (workdir / 'result.json').unlink()
   data = damage(workdir / 'config.json', ANY[state])
-  assert take_up(workdir)[2] == []
+  assert start_on(workdir)[2] == []
   said = lines_of(capsys.readouterr().err)
   assert_set_aside(workdir / 'config.json', data, said)
   assert 'assuming that step 6 is of this config' in said[0]
@@ -194,7 +195,7 @@ def test_a_damaged_result_is_set_aside_and_made_again(state, workdir, capsys):
   with pytest.raises(RunError, match='is damaged') as error:
     read_result(workdir)
   assert '\n' not in str(error.value)
-  since, result, said = take_up(workdir)
+  since, result, said = start_on(workdir)
   assert (since, result, said) == ([], None, [])  # So the run goes on.
   assert_set_aside(path, data, lines_of(capsys.readouterr().err))
   assert read_metrics(workdir) == LINES
@@ -237,8 +238,8 @@ def test_a_damaged_line_is_counted_and_the_others_stay(
   data = b'\n'.join(lines) + b'\n'
   path.write_bytes(data)
   assert read_metrics(workdir) == LINES
-  assert Lines(workdir).look()[1] == 1
-  said = take_up(workdir)[2]
+  assert Lines(workdir).read_and_count()[1] == 1
+  said = start_on(workdir)[2]
   assert_set_aside(path, data, said)
   assert '1 of 6 lines can not be read' in said[0]
   assert read_metrics(workdir) == LINES
@@ -249,7 +250,7 @@ def test_a_damaged_line_is_counted_and_the_others_stay(
 def test_damaged_metrics_never_vanish(state, workdir, capsys):
   path = workdir / 'metrics.jsonl'
   data = damage(path, ANY[state])
-  said = take_up(workdir)[2]
+  said = start_on(workdir)[2]
   if data == b'':
     assert not said  # Nothing was there to be lost.
   else:
@@ -270,7 +271,7 @@ def test_metrics_cut_anywhere_keep_their_whole_lines(workdir):
     path.write_bytes(data[:end])
     whole = data[: end + 1].count(b'\n')
     lines = Lines(workdir)
-    said = lines.take_up(6)
+    said = lines.resume(6)
     lines.close()
     assert read_metrics(workdir) == LINES[:whole]
     assert len(said) == (b'\n' not in data[end - 1 : end + 1])
@@ -291,7 +292,7 @@ def test_what_others_write_differently_is_read(name, state, workdir, capsys):
   else:
     path.rename(workdir / 'elsewhere')
     path.symlink_to('elsewhere')
-  since, result, said = take_up(workdir)
+  since, result, said = start_on(workdir)
   assert (since, result, said) == ([], RESULT, [])
   assert not capsys.readouterr().err
   assert read_metrics(workdir) == LINES
@@ -304,7 +305,7 @@ def test_lines_twice_and_out_of_order_are_put_right(workdir, capsys):
   both = [*LINES, other, *LINES[1:]]
   data = ''.join(json.dumps(line) + '\n' for line in both).encode()
   path.write_bytes(data)
-  said = take_up(workdir)[2]
+  said = start_on(workdir)[2]
   assert_set_aside(path, data, said)
   assert '5 lines are there twice' in said[0]
   assert 'out of order' in said[0]
@@ -313,7 +314,7 @@ def test_lines_twice_and_out_of_order_are_put_right(workdir, capsys):
 
 
 def test_lines_that_are_made_again_are_counted(workdir):
-  assert take_up(workdir, step=3)[2] == [
+  assert start_on(workdir, step=3)[2] == [
     '4 lines of metrics after step 3 will be written again'
   ]
   assert read_metrics(workdir) == LINES[:1]
@@ -321,14 +322,14 @@ def test_lines_that_are_made_again_are_counted(workdir):
 
 def test_nothing_is_kept_of_a_run_that_starts_again(workdir):
   (workdir / 'metrics.jsonl').write_text('{"step": 0, "alpha": {"b": 0.5}}\n')
-  assert take_up(workdir, step=0)[2]
+  assert start_on(workdir, step=0)[2]
   assert read_metrics(workdir) == []  # It would be there twice.
 
 
 def test_what_is_set_aside_is_never_overwritten(workdir):
   for number in range(3):
     (workdir / 'config.json').write_text(str(number))
-    take_up(workdir)
+    start_on(workdir)
     write_json(workdir / 'result.json', RESULT)
   for number, end in enumerate(('', '.2', '.3')):
     assert (workdir / f'damaged-config.json{end}').read_text() == str(number)
@@ -336,7 +337,7 @@ def test_what_is_set_aside_is_never_overwritten(workdir):
 
 def test_a_result_without_a_config_is_not_returned(workdir, capsys):
   (workdir / 'config.json').unlink()
-  assert take_up(workdir)[1] is None
+  assert start_on(workdir)[1] is None
   (said,) = lines_of(capsys.readouterr().err)
   assert 'has no config.json' in said
   assert json.loads((workdir / 'damaged-result.json').read_text()) == RESULT
@@ -346,7 +347,7 @@ def test_with_nothing_but_a_result_the_run_ends_in_one_line(workdir):
   (workdir / 'config.json').unlink()
   shutil.rmtree(workdir / 'checkpoints')
   with pytest.raises(InputError, match='may be of another config') as error:
-    take_up(workdir)
+    start_on(workdir)
   assert '\n' not in str(error.value)
   assert json.loads((workdir / 'result.json').read_text()) == RESULT
   assert not (workdir / 'config.json').exists()
@@ -362,7 +363,7 @@ def test_a_config_with_other_values_is_another_config(field, value, workdir):
   write_json(path, fields | {field: value})
   before = path.read_bytes()
   with pytest.raises(InputError, match='another config') as error:
-    take_up(workdir)
+    start_on(workdir)
   message = str(error.value).replace(str(workdir), '')
   assert field in message
   assert '\n' not in message
@@ -374,7 +375,7 @@ def test_a_config_of_which_all_is_different_is_one_short_line(workdir):
   fields = dict.fromkeys(flatten_dict(plain(recipe()), sep='.'), 'x' * 500)
   write_json(workdir / 'config.json', {'seed': 0} | fields)
   with pytest.raises(InputError, match=r'and \d+ more') as error:
-    take_up(workdir)
+    start_on(workdir)
   assert len(str(error.value).replace(str(workdir), '')) <= 300
 
 
@@ -400,11 +401,11 @@ def test_trouble_of_the_system_is_no_damage(name, number, workdir, monkeypatch):
 
   monkeypatch.setattr(files.os, 'stat', stat)
   most = 2
-  assert take_up(workdir) == ([], RESULT, [])  # Tried again.
+  assert start_on(workdir) == ([], RESULT, [])  # Tried again.
   assert len(failures) == 2
   most = 1000
   with pytest.raises(RunError) as error:
-    take_up(workdir)
+    start_on(workdir)
   assert str(error.value) == f'{path}: {os.strerror(number)} (tried 3 times)'
   assert sorted(p.name for p in workdir.iterdir()) == before
 
@@ -413,7 +414,7 @@ def test_a_link_in_a_circle_is_one_line(workdir):
   (workdir / 'config.json').unlink()
   (workdir / 'config.json').symlink_to('config.json')
   with pytest.raises(RunError, match=r'config\.json can not be read: Too many'):
-    take_up(workdir)
+    start_on(workdir)
 
 
 def test_small_files_are_on_the_disk_before_and_after_they_get_their_name(
@@ -435,7 +436,7 @@ def test_small_files_are_on_the_disk_before_and_after_they_get_their_name(
   assert events == ['result.json.tmp', 'renamed', tmp_path.name]
   events.clear()
   lines = Lines(tmp_path)
-  lines.take_up(0)
+  lines.resume(0)
   lines.close()
   assert events == ['metrics.jsonl.tmp', 'renamed', tmp_path.name]
   assert not [*tmp_path.glob('*.tmp')]
@@ -553,7 +554,7 @@ def test_a_record_of_changes_that_is_damaged_is_set_aside(
   write_json(path, fields | {'changes': [{'step': step}]})
   data = path.read_bytes()
   (workdir / 'result.json').unlink()
-  take_up(workdir)
+  start_on(workdir)
   assert_set_aside(path, data, lines_of(capsys.readouterr().err))
 
 

@@ -16,7 +16,7 @@ def workdir(request, tmp_path):
 
 def written(workdir, *steps):
   lines = Lines(workdir)
-  lines.take_up(0)
+  lines.resume(0)
   for number, step in enumerate(steps):
     lines.append({'step': step, 'number': number})
   lines.close()
@@ -33,7 +33,7 @@ def test_lines_come_back_in_order(workdir):
 def test_a_run_that_goes_on_writes_later_lines_again(workdir):
   written(workdir, 2, 4, 6, 8)
   lines = Lines(workdir)
-  lines.take_up(4)
+  lines.resume(4)
   lines.append({'step': 6, 'again': True})
   lines.close()
   assert Lines(workdir).read() == [
@@ -50,7 +50,7 @@ def test_a_damaged_object_is_counted_and_kept(workdir):
   folder = epath.Path(workdir) / 'metrics'
   (folder / '0000000004-0000000001.json').write_text('{"step": 4, "num')
   lines = Lines(workdir)
-  (said,) = lines.take_up(6)
+  (said,) = lines.resume(6)
   lines.append({'step': 6, 'number': 3})  # Under a name of its own.
   assert '1 of 3 lines can not be read' in said
   assert [line['number'] for line in Lines(workdir).read()] == [0, 2, 3]
@@ -60,7 +60,7 @@ def test_a_damaged_object_is_counted_and_kept(workdir):
 
 def test_numbers_that_are_not_finite_become_null(workdir):
   lines = Lines(workdir)
-  lines.take_up(0)
+  lines.resume(0)
   lines.append({'step': 1, 'norm': float('nan'), 'deep': {'x': float('inf')}})
   lines.close()
   assert Lines(workdir).read() == [

@@ -15,11 +15,11 @@ from runs import last_state, listing
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.files import dumps
 from skipinit_jax.training import changes, devices, train
 from skipinit_jax.training.checkpoints import Checkpoints
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.evaluate import evaluate
-from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.loop import evaluate_latest
 from skipinit_jax.training.metrics import read_metrics
 from skipinit_jax.training.program import make_program

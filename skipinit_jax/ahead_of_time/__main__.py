@@ -18,8 +18,8 @@ from skipinit_jax.ahead_of_time.measure import (
   measure,
   remedy,
 )
+from skipinit_jax.files import write_json
 from skipinit_jax.training import __main__ as training
-from skipinit_jax.training.lines import write_json
 
 
 def parser() -> cli.Parser:

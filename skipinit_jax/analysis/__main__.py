@@ -33,9 +33,9 @@ from skipinit_jax.analysis import (
 from skipinit_jax.analysis.capture import capture
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, unknown, unwritable
+from skipinit_jax.files import write_json
 from skipinit_jax.training import train
 from skipinit_jax.training.checks import check_config
-from skipinit_jax.training.lines import write_json
 from skipinit_jax.training.network import build_method, build_model
 from skipinit_jax.training.recipes import (
   load_recipe,

@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from skipinit_jax.experiments.studies import Grid
+from skipinit_jax.files import dumps
 from skipinit_jax.training.changes import FREE
-from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.variants import VARIANTS
 

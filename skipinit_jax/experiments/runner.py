@@ -24,7 +24,7 @@ from skipinit_jax.experiments.selection import (
   wanted,
 )
 from skipinit_jax.experiments.studies import Study
-from skipinit_jax.training.lines import write_json
+from skipinit_jax.files import write_json
 
 STUDY = 'study.json'
 OUTPUT = 'output.txt'  # What a run printed, in its folder.

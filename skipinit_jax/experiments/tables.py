@@ -79,7 +79,7 @@ class Findings:
       return None
     path = run.folder(self.workdir) / 'metrics.jsonl'
     try:
-      lines, broken = Lines(path.parent).look()
+      lines, broken = Lines(path.parent).read_and_count()
       if broken:
         self.problems.append(f'{path}: {broken} broken lines skipped')
     except RunError as error:

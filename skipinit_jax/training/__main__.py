@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from skipinit_jax import cli
 from skipinit_jax.cli import BAD_INPUT, FAILED, LOST, SIGNALED, leave
 from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.files import dumps
 from skipinit_jax.training import processes
 from skipinit_jax.training.describe import less_memory
 from skipinit_jax.training.devices import set_deterministic
-from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.loop import evaluate_latest, train
 from skipinit_jax.training.recipes import (
   load_recipe,

@@ -20,11 +20,10 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from skipinit_jax.errors import InputError, RunError
-from skipinit_jax.files import DamagedFile, retry
+from skipinit_jax.files import DamagedFile, dumps, retry
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
 from skipinit_jax.training.changes import FREE, read_config
 from skipinit_jax.training.devices import replicate
-from skipinit_jax.training.lines import dumps
 from skipinit_jax.training.step import TrainState
 
 FOLDER = 'checkpoints'

@@ -85,7 +85,7 @@ class Reporter:
     self._epoch = start * self._batch_size // self._train_size
     if self._writes:
       try:
-        said = self._lines.take_up(start)
+        said = self._lines.resume(start)
       except OSError as error:
         raise self._not_written(error) from None
       for sentence in said:

@@ -12,12 +12,11 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from skipinit_jax.files import DamagedFile, read_json, set_aside
+from skipinit_jax.files import DamagedFile, read_json, set_aside, write_json
 from skipinit_jax.training.lines import (
   is_count,
   is_evaluation,
   is_number,
-  write_json,
 )
 from skipinit_jax.training.metrics import (
   Reporter,

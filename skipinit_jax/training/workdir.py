@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError, unwritable
-from skipinit_jax.files import DamagedFile, set_aside
+from skipinit_jax.files import DamagedFile, dumps, set_aside, write_json
 from skipinit_jax.training.changes import (
   CHANGES,
   CONFIG,
@@ -20,7 +20,6 @@ from skipinit_jax.training.changes import (
   read_config,
 )
 from skipinit_jax.training.checkpoints import saved_steps
-from skipinit_jax.training.lines import dumps, write_json
 from skipinit_jax.training.metrics import say
 from skipinit_jax.training.result import RESULT
 
