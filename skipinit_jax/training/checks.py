@@ -1,5 +1,7 @@
 """Checks of a recipe that need no data."""
 
+from typing import Any
+
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -74,7 +76,7 @@ def check_config(config: ConfigDict, device_count: int) -> None:
     device_count: devices of all processes.
   """
   check_types(config)
-  fields = flatten_dict(config.to_dict(), sep='.')
+  fields: dict[str, Any] = flatten_dict(config.to_dict(), sep='.')
   for field, (low, high) in LIMITS.items():
     _check_number(field, fields[field], low, high)
   for field, known in CHOICES.items():

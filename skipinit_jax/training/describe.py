@@ -6,7 +6,6 @@ from ml_collections import ConfigDict
 
 from skipinit_jax import published
 from skipinit_jax.models.parameters import count_parameters
-from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training.network import build_method
 from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.program import Program
@@ -47,6 +46,10 @@ def describe(
 ) -> str:
   """The lines that a run starts with."""
   config, data, model = program.config, program.data, program.model
+  method = build_method(config)
+  name = config.model.method
+  if method.alpha is not None:
+    name += f' (alpha at {method.alpha_value(model.num_blocks):.4g})'
   devices = jax.devices()
   platform = devices[0].platform
   start = int(state.step)
@@ -57,8 +60,7 @@ def describe(
     f'data: {data.name}, {data.train_size:,} images to train on, '
     f'{data.eval_size:,} to evaluate on, {data.num_classes} classes',
     f'model: {config.model.name} of depth {config.model.depth}, '
-    f'{model.num_blocks} residual blocks, {config.model.method}'
-    + _alpha(model),
+    f'{model.num_blocks} residual blocks, {name}',
     f'parameters: {_parameters(config, state)}',
     f'training: {times.total:,} steps of {config.batch_size} images, peak rate '
     f'{peak_rate(config):.4g}' + (f', from step {start:,}' if start else ''),
@@ -68,17 +70,11 @@ def describe(
       f'note: {", ".join(fields)}: on a CPU a convolution inside a loop is 10 '
       'to 40 times slower (jax issue 12868)'
     )
-  if model.method.normalize:
+  if method.normalize:
     lines.append(f'batch statistics over: {_group(config)}')
   elif config.batch_size >= LARGE_BATCH:
     lines.append(_large_batch_warning(config))
   return '\n'.join(lines)
-
-
-def _alpha(model: ResNet) -> str:
-  if model.method.alpha is None:
-    return ''
-  return f' (alpha at {model.method.alpha_value(model.num_blocks):.4g})'
 
 
 def _parameters(config: ConfigDict, state: TrainState) -> str:

@@ -27,7 +27,7 @@ AXIS = 'batch'  # Name of the axis that `jax.pmap` maps.
 def map_over_devices(
   step: Callable,
   split: Sequence[bool],
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[Any] | None = None,
   **pmap_args,
 ) -> Callable:
   """Maps a step over devices; results are equal on all.
@@ -36,7 +36,7 @@ def map_over_devices(
     step: pure, under the mapped axis `AXIS`.
     split: for each argument, whether its leaves are stacked by device, or the
       same on all devices.
-    devices: to compile for; None: all of every process.
+    devices: of JAX, to compile for; None: all of every process.
     **pmap_args: more arguments of `jax.pmap`.
 
   Returns:
@@ -133,7 +133,7 @@ def check_devices(config: ConfigDict) -> None:
 
 def set_compilation_cache(folder: str) -> None:
   """Caches compiled programs in a folder, unless JAX already has one."""
-  if folder and jax.config.jax_compilation_cache_dir is None:
+  if folder and jax.config.values['jax_compilation_cache_dir'] is None:
     path = str(Path(folder).expanduser())
     jax.config.update('jax_compilation_cache_dir', path)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

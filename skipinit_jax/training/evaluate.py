@@ -17,11 +17,15 @@ from skipinit_jax.training.step import TrainState
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
+class AskedToStop(Exception):
+  """A process was asked to stop during an evaluation."""
+
+
 def evaluate(
   program: Program,
   state: TrainState,
   asked_to_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, dict[str, float]] | None:
+) -> dict[str, dict[str, float]]:
   """Top-1, top-5 and loss over the whole evaluation split.
 
   Args:
@@ -32,12 +36,13 @@ def evaluate(
 
   Returns:
     'eval' and, where parameters are averaged, 'eval_ema': each top1 and top5 as
-    fractions of the split, the mean loss, and `unreadable` where images could
-    not be read (they count as wrong). None if any process was asked to stop.
+    fractions of the split, the mean loss, and `unreadable` if images could not
+    be read (they count as wrong).
 
-  Raises:
-    InputError, RunError: the images of any process can't be read, or too many
-      are broken; the same in all processes.
+  Raises: the same in all processes:
+    AskedToStop: any of them was.
+    InputError, RunError: the images of one can't be read, or too many are
+      broken.
   """
   variables = {'eval': (state.params, state.batch_stats)}
   if state.ema is not None:
@@ -51,9 +56,7 @@ def evaluate(
       for key, value in jax.device_get(sums).items():
         totals[key] = totals.get(key, 0) + value.item()
       if totals['stop']:
-        if trouble := processes.agree(trouble):
-          raise trouble
-        return None
+        raise processes.agree(trouble) or AskedToStop
     results[name] = _means(totals, program)
   return results
 

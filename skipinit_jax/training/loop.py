@@ -19,7 +19,7 @@ from skipinit_jax.training import devices, processes, resume
 from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.describe import describe
-from skipinit_jax.training.evaluate import evaluate, warm_up
+from skipinit_jax.training.evaluate import AskedToStop, evaluate, warm_up
 from skipinit_jax.training.feed import Feed
 from skipinit_jax.training.lock import hold_for_all
 from skipinit_jax.training.metrics import Reporter, read_evals, say
@@ -84,6 +84,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     feed = Feed(program, times.total)
     at_end.callback(feed.close)
     feed.start(step)
+    evaluated = [e['step'] for e in read_evals(workdir, step)]
     run = Run(
       program=program,
       times=times,
@@ -96,7 +97,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
       profiler=Profiler(config, workdir),
       step=step,
       state=state,
-      evaluated=max((e['step'] for e in read_evals(workdir, step)), default=0),
+      evaluated=int(max(evaluated, default=0)),
     )
     run.make_steps()
     run.end()
@@ -111,36 +112,22 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Run:
-  """A run in progress.
-
-  Attributes:
-    program: what is computed.
-    times: what is due when.
-    check_held: raises RunError if the workdir is no longer this process's.
-    watchdog: ends the process if nothing happens for too long.
-    request: whether this process was asked to stop.
-    checkpoints, reporter, feed, profiler: where steps go to and come from.
-    step: steps made.
-    state: after these, on the devices.
-    evaluated: steps made at the last evaluation.
-    stopped: whether all processes stop before the end, after `step`.
-    trouble: why, unless by request.
-  """
+  """A run in progress: what its steps need, and how far they are."""
 
   program: Program
   times: Timetable
-  check_held: Callable[[], None]
+  check_held: Callable[[], None]  # Raises RunError if the lock was lost.
   watchdog: Watchdog
   request: StopRequest
   checkpoints: Checkpoints
   reporter: Reporter
   feed: Feed
   profiler: Profiler
-  step: int
-  state: TrainState
-  evaluated: int
-  stopped: bool = False
-  trouble: InputError | RunError | None = None
+  step: int  # Steps made.
+  state: TrainState  # After these.
+  evaluated: int  # Steps made at the last evaluation.
+  stopped: bool = False  # Whether all processes stop after `step`.
+  trouble: InputError | RunError | None = None  # Why, unless by request.
 
   def make_steps(self) -> None:
     """Makes the steps that are left, unless the run diverges or is stopped."""
@@ -191,10 +178,11 @@ class Run:
     """Evaluates and reports; {} if all processes stop instead."""
     try:
       results = evaluate(self.program, self.state, self.asked_to_stop)
-    except (InputError, RunError) as error:  # The same in all processes.
-      results, self.trouble = None, error
-    if results is None:
+    except AskedToStop:
       self.stopped = True
+      return {}
+    except (InputError, RunError) as error:
+      self.stopped, self.trouble = True, error
       return {}
     self.reporter.eval(self.step, results)
     self.evaluated = self.step

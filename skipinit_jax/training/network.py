@@ -1,6 +1,7 @@
 """The network of a recipe and its initial variables."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -98,7 +99,7 @@ def build_method(config: ConfigDict) -> Method:
 
 def init_variables(
   model: ResNet, image_shape: tuple[int, int, int], seed: jax.typing.ArrayLike
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
   """The model's initial variables, a function of the seed alone.
 
   They are drawn for the scanned form, whose program is small at any depth, and

@@ -15,7 +15,11 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training import step as steps
 from skipinit_jax.training.devices import map_over_devices
-from skipinit_jax.training.network import build_model, init_variables
+from skipinit_jax.training.network import (
+  build_method,
+  build_model,
+  init_variables,
+)
 from skipinit_jax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -48,7 +52,7 @@ class Program:
 
 
 def make_program(
-  config: ConfigDict, data: Any, devices: Sequence[jax.Device] | None = None
+  config: ConfigDict, data: Any, devices: Sequence[Any] | None = None
 ) -> Program:
   """Builds the computation of `config` on `data`.
 
@@ -56,7 +60,7 @@ def make_program(
     config: a recipe.
     data: of `data.open_dataset`; only its sizes and its pure functions are
       used, no image.
-    devices: to compile for; None: all of every process.
+    devices: of JAX, to compile for; None: all of every process.
 
   Raises:
     InputError: a network that can't be built, or steps_per_call > 1 with a
@@ -69,7 +73,7 @@ def make_program(
     )
   platform = devices[0].platform if devices else None
   model = build_model(config, data.num_classes, platform)
-  tx = make_optimizer(config, model.method)
+  tx = make_optimizer(config, build_method(config))
   of_data = {
     'model': model,
     'choose': data.choose,

@@ -112,7 +112,9 @@ def write_result(
     write_json(workdir / RESULT, result)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('result.json is written')
-  return read_result(workdir)
+  result = read_result(workdir)
+  assert result is not None  # It was just written.
+  return result
 
 
 def last_train(state: TrainState) -> dict[str, float]:
@@ -131,7 +133,7 @@ def largest_norms(params: Any, number: int = 5) -> dict[str, float]:
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
-  largest = sorted(norms, key=norms.get, reverse=True)[:number]
+  largest = sorted(norms, key=lambda name: norms[name], reverse=True)[:number]
   return {name: norms[name] for name in largest}
 
 

@@ -34,18 +34,18 @@ def restore_or_create(
   config = program.config
   seed, rate = np.uint32(config.seed), np.float32(peak_rate(config))
   like = jax.eval_shape(program.initial_state, seed, rate)
-  step, state = checkpoints.restore_latest(like)
-  if state is not None:
-    state = state.replace(seed=replicate(seed))
-    if changes_rate(changes, step):
-      state = state.replace(rate=replicate(rate))
-    return step, state
-  # The program runs once; optimizing it takes longer than running it.
-  options = {}
-  if jax.default_backend() == 'cpu':
-    options = {'xla_backend_optimization_level': 0}
-  create = jax.jit(program.initial_state, compiler_options=options)
-  return 0, replicate(create(seed, rate))
+  saved = checkpoints.restore_latest(like)
+  if saved[0] is None:
+    # The program runs once; optimizing it takes longer than running it.
+    on_cpu = jax.default_backend() == 'cpu'
+    options = {'xla_backend_optimization_level': 0} if on_cpu else {}
+    create = jax.jit(program.initial_state, compiler_options=options)
+    return 0, replicate(create(seed, rate))
+  step, state = saved
+  state = state.replace(seed=replicate(seed))
+  if changes_rate(changes, step):
+    state = state.replace(rate=replicate(rate))
+  return step, state
 
 
 def may_go_back(state: TrainState, config: ConfigDict) -> bool:

@@ -117,6 +117,7 @@ def load_run(checkpoint: os.PathLike | str) -> Saved:
   with Checkpoints(workdir, config, say, read_only=True) as checkpoints:
     if step is None:
       step, state = checkpoints.restore_latest(like)
+      assert step is not None  # `find_checkpoint` found one.
     else:
       state = checkpoints.restore(step, like)
   local = jax.tree.map(jnp.asarray, jax.device_get(state))

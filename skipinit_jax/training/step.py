@@ -144,13 +144,13 @@ def train_step(
   rate = schedule(state.step) * state.rate
   updates = jax.tree.map(lambda u: u * rate, updates)
   params = optax.apply_updates(state.params, updates)
-  ema = state.ema
-  if ema_decay is not None:
+  ema, decay = state.ema, ema_decay
+  if decay is not None:
     if ema_warmup:
       count = state.step.astype(jnp.float32)
-      ema_decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
+      decay = jnp.minimum(decay, (1 + count) / (10 + count))
     new = {'params': params, 'batch_stats': batch_stats}
-    ema = optax.incremental_update(new, ema, 1 - ema_decay)
+    ema = optax.incremental_update(new, ema, 1 - decay)
   grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
   finite = jnp.isfinite(jnp.stack([loss, grad_norm, param_norm])).all()
 
@@ -362,7 +362,7 @@ def eval_step(
     (float32).
   """
   variables = {'params': params, 'batch_stats': batch_stats}
-  logits = model.apply(variables, normalize(images), train=False)
+  logits: Any = model.apply(variables, normalize(images), train=False)
   targets = jax.nn.one_hot(labels, logits.shape[-1])
   read = mask & (labels >= 0)
   sums = {

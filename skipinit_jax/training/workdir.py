@@ -95,7 +95,7 @@ def _report_missing_config(
   workdir: epath.Path, steps: Sequence[int], damage: DamagedFile | None
 ) -> None:
   """Sets aside what is of an unknown config, and says what is assumed."""
-  found = damage or f'{workdir} has no {CONFIG}'
+  found = f'{workdir} has no {CONFIG}'
   if damage:
     found = f'{damage}; moved to {set_aside(damage.path)}'
   if (workdir / RESULT).exists():
