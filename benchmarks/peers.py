@@ -13,8 +13,8 @@ import optax
 from flax.typing import Dtype
 from ml_collections import ConfigDict
 
-from skipinit_jax.models import blocks
-from skipinit_jax.models.layers import Conv, widen
+from skipinit_jax.models import layers
+from skipinit_jax.models.precision import Conv, widen
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.devices import AXIS
 from skipinit_jax.training.recipes import load_recipe
@@ -68,7 +68,7 @@ def recipe(network: str, data: str, batch_size: int) -> ConfigDict:
 def as_network(network: str) -> contextlib.AbstractContextManager:
   """A context in which our networks are built as `network` names them."""
   if network == 'activation':
-    return mock.patch.object(blocks, 'SkipInitConv', ScaledConv)
+    return mock.patch.object(layers, 'SkipInitConv', ScaledConv)
   return contextlib.nullcontext()
 
 

@@ -4,8 +4,10 @@ import difflib
 import errno
 import os
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 BUCKETS = ('gs', 's3', 'az')
 
@@ -45,6 +47,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
   # The time that comparing takes grows with the square of the length.
   near = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.5)
   return f'; did you mean {near[0]!r}?' if near else ''
+
+
+def shown(value: Any) -> str:
+  """A value in an error: its repr on one line, shortened.
+
+  >>> shown(list(range(100)))
+  '[0, 1, 2, 3, 4, 5, ...]'
+  """
+  return ' '.join(reprlib.repr(value).split())
+
+
+def kind(value: Any) -> str:
+  """What an argument is, in an error: as in 'float32 of shape (2, 3)'."""
+  if hasattr(value, 'dtype') and hasattr(value, 'shape'):
+    return f'{value.dtype} of shape {value.shape}'
+  return f'a value of type {type(value).__name__}'
 
 
 def check_folder(name: str | os.PathLike, buckets: bool = False) -> str:

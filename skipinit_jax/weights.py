@@ -17,8 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from skipinit_jax.errors import InputError, unknown
-from skipinit_jax.models.checks import kind, shown
+from skipinit_jax.errors import InputError, kind, shown, unknown
 from skipinit_jax.models.methods import METHODS, resolve_method
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import stack_blocks

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import growth, input_pipeline, peers, throughput, tpu_cost
 from skipinit_jax.ahead_of_time.measure import stand_in
-from skipinit_jax.models import blocks
+from skipinit_jax.models import layers
 from skipinit_jax.models.skipinit import SkipInitConv
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.network import build_model
@@ -45,8 +45,8 @@ def test_the_scalar_on_the_activation_is_the_folded_one():
     theirs.apply(variables, x), folded.apply(variables, x), rtol=1e-5, atol=1e-6
   )
   with peers.as_network('activation'):
-    assert blocks.SkipInitConv is peers.ScaledConv
-  assert blocks.SkipInitConv is SkipInitConv
+    assert layers.SkipInitConv is peers.ScaledConv
+  assert layers.SkipInitConv is SkipInitConv
 
 
 def test_the_example_is_a_resnet50():

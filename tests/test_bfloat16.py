@@ -19,8 +19,7 @@ from runs import by_tpu_compiler
 from skipinit_jax import METHODS, SkipInit, SkipInitConv, SkipInitDense
 from skipinit_jax.models import DenseResNet, ResNet, WideResNet
 from skipinit_jax.models import nnx as skipinit_nnx
-from skipinit_jax.models.blocks import ScalarBias
-from skipinit_jax.models.layers import Conv, Dense
+from skipinit_jax.models.precision import Conv, Dense, ScalarBias
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 2**18  # Elements that a scalar's gradient is summed over.

@@ -20,7 +20,7 @@ from skipinit_jax.models import (
   param_labels,
   stack_blocks,
 )
-from skipinit_jax.models.blocks import crelu
+from skipinit_jax.models.activations import crelu
 from skipinit_jax.models.looks_linear import kernel_initializer
 from skipinit_jax.training import train
 from skipinit_jax.training.config import default_config

@@ -19,7 +19,7 @@ from skipinit_jax.models import (
   ResNet18,
   ResNet50,
   WideResNet,
-  blocks,
+  convolution,
 )
 from skipinit_jax.models.resnet import drop_by_example
 
@@ -611,7 +611,7 @@ def lax_convolution(x, kernel):
 def test_the_product_for_2x2_images_is_the_convolution(inputs, outputs):
   x = images((3, 2, 2, inputs))
   kernel = images((3, 3, inputs, outputs), 1)
-  got = output_and_gradients(x, kernel, blocks._convolve_2x2)
+  got = output_and_gradients(x, kernel, convolution.convolve_2x2)
   expected = output_and_gradients(x, kernel, lax_convolution)
   for a, b in zip(got, expected, strict=True):
     assert a.shape == b.shape
@@ -621,7 +621,7 @@ def test_the_product_for_2x2_images_is_the_convolution(inputs, outputs):
 def test_2x2_images_in_bfloat16_stay_bfloat16():
   x = images((3, 2, 2, 4), 0, 'bfloat16')
   kernel = images((3, 3, 4, 6), 1, 'bfloat16')
-  y = blocks._convolve_2x2(x, kernel)
+  y = convolution.convolve_2x2(x, kernel)
   exact = lax_convolution(x.astype('float32'), kernel.astype('float32'))
   assert y.dtype == jnp.bfloat16
   error = np.abs(y.astype('float32') - exact).max()
@@ -637,7 +637,7 @@ def test_networks_on_8x8_images_take_the_product_for_their_last_stage(
     seen.append((x.shape, kernel.shape))
     return lax_convolution(x, kernel)
 
-  monkeypatch.setattr(blocks, '_convolve_2x2', count)
+  monkeypatch.setattr(convolution, 'convolve_2x2', count)
   model, shape = WideResNet(10, 1, num_classes=5), (3, 8, 8, 1)
   init = functools.partial(model.apply, train=False)
   jax.eval_shape(init, shapes_of(model, shape), jnp.zeros(shape))
@@ -652,7 +652,7 @@ def test_networks_on_8x8_images_take_the_product_for_their_last_stage(
       functools.partial(small.init, train=False), jax.random.key(0), x
     )
   jax.eval_shape(
-    lambda x, k: blocks._convolve(
+    lambda x, k: convolution.convolve(
       x, k, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     ),
     jnp.zeros((1, 2, 2, 4)),

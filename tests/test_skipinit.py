@@ -19,7 +19,7 @@ from skipinit_jax.models import (
   SkipInitDense,
   WideResNet,
 )
-from skipinit_jax.models.blocks import make_layers
+from skipinit_jax.models.layers import make_layers
 
 CONV = {'features': 6, 'kernel_size': (3, 3)}
 # What a user may write: our class, Flax's class, their common arguments.

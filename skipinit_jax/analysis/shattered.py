@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from skipinit_jax import plotting
 from skipinit_jax.errors import InputError, unknown
-from skipinit_jax.models.blocks import crelu
+from skipinit_jax.models.activations import crelu
 from skipinit_jax.models.dense import DenseResNet
 from skipinit_jax.models.looks_linear import mirrored
 from skipinit_jax.models.methods import Method

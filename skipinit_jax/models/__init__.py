@@ -2,10 +2,10 @@
 
 from skipinit_jax.models.blocks import FixupBlock as FixupBlock
 from skipinit_jax.models.blocks import ResidualBlock as ResidualBlock
-from skipinit_jax.models.blocks import make_layers as make_layers
 from skipinit_jax.models.dense import DenseResNet as DenseResNet
 from skipinit_jax.models.fold import fold as fold
 from skipinit_jax.models.fold import fold_params as fold_params
+from skipinit_jax.models.layers import make_layers as make_layers
 from skipinit_jax.models.looks_linear import mirrored as mirrored
 from skipinit_jax.models.looks_linear import orthogonal as orthogonal
 from skipinit_jax.models.methods import METHODS as METHODS

@@ -2,12 +2,14 @@
 
 import math
 import numbers
-import reprlib
 from typing import Any
 
 import jax.numpy as jnp
 
-from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.errors import InputError, kind, shown, unknown
+from skipinit_jax.models.activations import ACTIVATIONS
+from skipinit_jax.models.looks_linear import KERNEL_INITS
+from skipinit_jax.models.methods import Method
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 
@@ -60,17 +62,34 @@ def check_branch(branch: Any) -> None:
     )
 
 
-def shown(value: Any) -> str:
-  """A value in an error: its repr on one line, shortened.
-
-  >>> shown(list(range(100)))
-  '[0, 1, 2, 3, 4, 5, ...]'
-  """
-  return ' '.join(reprlib.repr(value).split())
-
-
-def kind(value: Any) -> str:
-  """What an argument is, in an error: as in 'float32 of shape (2, 3)'."""
-  if hasattr(value, 'dtype') and hasattr(value, 'shape'):
-    return f'{value.dtype} of shape {value.shape}'
-  return f'a value of type {type(value).__name__}'
+def check_choices(
+  method: Method, num_blocks: int, activation: str, kernel_init: str, skip: bool
+) -> None:
+  """Raises InputError for what has no meaning, or no signal at the start."""
+  method.check(num_blocks)
+  if activation not in ACTIVATIONS:
+    raise InputError(unknown('activation', activation, ACTIVATIONS))
+  if kernel_init not in KERNEL_INITS:
+    raise InputError(unknown('kernel_init', kernel_init, KERNEL_INITS))
+  if kernel_init == 'looks_linear' and activation != 'crelu':
+    raise InputError(
+      f"kernel_init='looks_linear' mirrors kernels for activation='crelu', got "
+      f'activation={activation!r}'
+    )
+  if kernel_init != 'he' and method.rescale:
+    raise InputError(
+      f"kernel_init={kernel_init!r} can't be rescaled by the depth; expected "
+      "'he', or a method other than fixup"
+    )
+  if method.fixup_block and activation != 'relu':
+    raise InputError(
+      f'activation={activation!r} doubles the channels, which blocks that '
+      "activate their sum can't: expected 'relu', or a method other than fixup"
+    )
+  dead = method.zero_last or method.alpha_value(num_blocks) == 0
+  if not skip and (method.fixup_block or method.gain != 1 or dead):
+    raise InputError(
+      'skip=False leaves the branches alone, so that these must carry the '
+      "signal from the start: expected method 'none' or 'batchnorm', or "
+      "'skipinit' with an alpha other than 0"
+    )

@@ -9,13 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from skipinit_jax.errors import InputError, unknown
-from skipinit_jax.models.blocks import relu
-from skipinit_jax.models.checks import (
-  check_floating_dtype,
-  check_whole,
-  kind,
-)
+from skipinit_jax.errors import InputError, kind, unknown
+from skipinit_jax.models.activations import relu
+from skipinit_jax.models.checks import check_floating_dtype, check_whole
 from skipinit_jax.models.methods import METHODS, Method, resolve_method
 from skipinit_jax.models.normalization import BatchNorm
 from skipinit_jax.models.skipinit import Join, SkipInitDense

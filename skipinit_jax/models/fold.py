@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
-from skipinit_jax.errors import InputError
-from skipinit_jax.models.checks import kind
+from skipinit_jax.errors import InputError, kind
 from skipinit_jax.models.dense import DenseResNet
 from skipinit_jax.models.methods import resolve_method
 from skipinit_jax.models.resnet import ResNet

@@ -1,51 +1,123 @@
-"""Layers whose biases and scalars get gradients summed in float32 or wider.
+"""The layers that a method puts into the blocks of a network."""
 
-Flax casts a bias to the compute dtype before it adds it, so that its gradient
-is a sum over a whole feature map in that dtype. A bfloat16 sum stops growing at
-256 equal terms. Here the map is widened, the bias added, and the result cast
-back: compilers fuse the casts, so that they cost no memory traffic.
-"""
-
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype, PromoteDtypeFn
+from flax.typing import Dtype
+
+from skipinit_jax.models.activations import ACTIVATIONS
+from skipinit_jax.models.checks import check_choices, check_floating_dtype
+from skipinit_jax.models.convolution import convolve
+from skipinit_jax.models.looks_linear import kernel_initializer, orthogonal
+from skipinit_jax.models.methods import (
+  Initializer,
+  Method,
+  fixup_kernel_init,
+  he_normal,
+)
+from skipinit_jax.models.normalization import BatchNorm
+from skipinit_jax.models.precision import Conv, ScalarBias
+from skipinit_jax.models.skipinit import Join, SkipInitConv
 
 
-def widen(x: jax.Array) -> jax.Array:
-  """x in float32, or as it is where its dtype is wider."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+class Layers(NamedTuple):
+  """What a method puts into a block; each entry makes a module given a name.
+
+  Attributes:
+    conv: convolutions outside the branches: the projections.
+    branch_conv: convolutions inside a branch but its last.
+    last_conv: the last convolution of a branch, with alpha folded in if any.
+    norm: called as norm(name)(x, train=train).
+    join: called as join()(skip, branch).
+    scalar_bias: called as scalar_bias(name)(x).
+    stem_conv: the first convolution, whose input comes from no activation.
+    activation: of the pre-activation block; may double the channels.
+    skip: whether blocks have a skip path; without, they are their branches.
+  """
+
+  conv: Callable
+  branch_conv: Callable
+  last_conv: Callable
+  norm: Callable
+  join: Callable
+  scalar_bias: Callable
+  stem_conv: Callable
+  activation: Callable
+  skip: bool
 
 
-def promote_but_bias(
-  inputs: Any, kernel: Any, bias: Any, *, dtype: Dtype | None = None
-) -> list[Any]:
-  """Flax's `promote_dtype`, which leaves the bias in float32 or wider."""
-  promoted = promote_dtype(inputs, kernel, bias, dtype=dtype)
-  if bias is not None:
-    wide = jnp.promote_types(promoted[1].dtype, jnp.float32)
-    promoted[2] = jnp.asarray(bias, wide)
-  return promoted
+def make_layers(
+  method: Method,
+  *,
+  num_blocks: int,
+  branch_layers: int,
+  biases: bool = False,
+  statistics_group: int | None = None,
+  axis_name: str | None = None,
+  dtype: Dtype | None = None,
+  param_dtype: Dtype = 'float32',
+  activation: str = 'relu',
+  kernel_init: str = 'he',
+  skip: bool = True,
+  symmetric_padding: bool = False,
+) -> Layers:
+  """Turns what a method says into the layers of a network's blocks.
+
+  Raises:
+    InputError: choices that don't go together; see `ResNet`.
+  """
+  check_choices(method, num_blocks, activation, kernel_init, skip)
+  check_floating_dtype('dtype', dtype)
+  check_floating_dtype('param_dtype', param_dtype)
+  dtypes = {'dtype': dtype, 'param_dtype': param_dtype}
+  outer = kernel_initializer(kernel_init, he_normal(method.kernel_fan))
+  # The stem's input is not mirrored.
+  first = orthogonal() if kernel_init == 'looks_linear' else outer
+  inner: Initializer = outer
+  if method.rescale:
+    inner = fixup_kernel_init(num_blocks, branch_layers, method.kernel_fan)
+  last = nn.initializers.zeros if method.zero_last else outer
+
+  conv = functools.partial(
+    Conv,
+    use_bias=biases,
+    conv_general_dilated=functools.partial(
+      convolve, symmetric=symmetric_padding
+    ),
+    **dtypes,
+  )
+  alpha = method.alpha_value(num_blocks)
+  if alpha is None:
+    last_conv = conv
+  else:
+    last_conv = functools.partial(
+      SkipInitConv, init_value=alpha, **conv.keywords
+    )
+  norm = functools.partial(
+    BatchNorm, group=statistics_group, axis_name=axis_name, **dtypes
+  )
+  return Layers(
+    conv=functools.partial(conv, kernel_init=outer),
+    branch_conv=functools.partial(conv, kernel_init=inner),
+    last_conv=functools.partial(last_conv, kernel_init=last),
+    norm=(lambda name: norm(name=name)) if method.normalize else _no_norm,
+    join=functools.partial(Join, gain=method.gain, name='join'),
+    scalar_bias=(
+      (lambda name: ScalarBias(param_dtype, name=name))
+      if method.scalar_biases
+      else _no_bias
+    ),
+    stem_conv=functools.partial(conv, kernel_init=first, use_bias=False),
+    activation=ACTIVATIONS[activation],
+    skip=skip,
+  )
 
 
-class _WideBias(nn.Module):
-  """Flax's layer, with its bias added in float32 or wider."""
-
-  promote_dtype: PromoteDtypeFn = promote_but_bias
-
-  @nn.nowrap  # Interceptors see the one call of Flax's own layer.
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    """What Flax's layer returns, of its compute dtype."""
-    dtype = self.dtype or jnp.result_type(inputs, self.param_dtype)
-    return super().__call__(inputs).astype(dtype)
+def _no_norm(name: str) -> Callable:
+  return lambda x, train: x
 
 
-class Conv(_WideBias, nn.Conv):
-  """`nn.Conv` whose bias gets a gradient summed in float32 or wider."""
-
-
-class Dense(_WideBias, nn.Dense):
-  """`nn.Dense` whose bias gets a gradient summed in float32 or wider."""
+def _no_bias(name: str) -> Callable:
+  return lambda x: x

@@ -59,8 +59,8 @@ def orthogonal(scale: float = 1.0) -> Initializer:
 def mirrored(init: Initializer) -> Initializer:
   """Kernels (W, -W) over the two halves of their inputs.
 
-  After `blocks.crelu` such a layer computes W relu(x) - W relu(-x) = W x: the
-  network looks linear at the start.
+  After `activations.crelu` such a layer computes W relu(x) - W relu(-x) = W x:
+  the network looks linear at the start.
 
   Args:
     init: of W, called with half of the inputs.

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from flax import linen as nn
 
-from skipinit_jax.errors import InputError, unknown
-from skipinit_jax.models.checks import shown
+from skipinit_jax.errors import InputError, shown, unknown
 
 Initializer = Callable
 

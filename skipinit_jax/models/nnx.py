@@ -13,7 +13,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from skipinit_jax.models.checks import check_branch, check_scalar
-from skipinit_jax.models.layers import widen
+from skipinit_jax.models.precision import widen
 
 
 class SkipInit(nnx.Module):
@@ -50,7 +50,7 @@ class _Folded:
 
   NNX's layers pass (inputs, kernel, bias) to `promote_dtype` before they
   compute: the place to multiply in `param_dtype`, as `skipinit.py` does, and to
-  leave the bias in float32 or wider, as `layers.py` does.
+  leave the bias in float32 or wider, as `precision.py` does.
   """
 
   def __init__(self, *args, init_value: float = 0.0, **kwargs):

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from skipinit_jax.errors import InputError
-from skipinit_jax.models.checks import check_whole, kind
+from skipinit_jax.errors import InputError, kind
+from skipinit_jax.models.checks import check_whole
 
 
 class BatchNorm(nn.Module):

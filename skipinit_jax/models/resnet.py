@@ -9,14 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from skipinit_jax.errors import InputError
-from skipinit_jax.models.blocks import (
-  FixupBlock,
-  ResidualBlock,
-  make_layers,
-  relu,
-)
-from skipinit_jax.models.checks import check_whole, is_whole, kind, shown
+from skipinit_jax.errors import InputError, kind, shown
+from skipinit_jax.models.activations import relu
+from skipinit_jax.models.blocks import FixupBlock, ResidualBlock
+from skipinit_jax.models.checks import check_whole, is_whole
+from skipinit_jax.models.layers import make_layers
 from skipinit_jax.models.looks_linear import kernel_initializer
 from skipinit_jax.models.methods import (
   Initializer,

@@ -6,7 +6,7 @@ from flax.typing import Dtype
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.checks import check_branch, check_scalar
-from skipinit_jax.models.layers import Conv, Dense, widen
+from skipinit_jax.models.precision import Conv, Dense, widen
 
 
 class SkipInit(nn.Module):

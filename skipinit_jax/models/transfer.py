@@ -8,8 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from skipinit_jax.errors import InputError
-from skipinit_jax.models.checks import kind
+from skipinit_jax.errors import InputError, kind
 from skipinit_jax.models.dense import DenseResNet
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import (

@@ -6,7 +6,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError, check_folder, unknown
-from skipinit_jax.models.blocks import ACTIVATIONS
+from skipinit_jax.models.activations import ACTIVATIONS
 from skipinit_jax.models.looks_linear import KERNEL_INITS
 from skipinit_jax.models.parameters import LEAVES
 from skipinit_jax.training.config import default_config

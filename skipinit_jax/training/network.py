@@ -10,7 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError
-from skipinit_jax.models.blocks import check_choices
+from skipinit_jax.models.checks import check_choices
 from skipinit_jax.models.methods import Method, he_normal, resolve_method
 from skipinit_jax.models.resnet import RESNETS, ResNet, WideResNet
 from skipinit_jax.models.stages import unstack_blocks
