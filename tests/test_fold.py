@@ -299,9 +299,9 @@ def test_a_deep_stage_leaves_float32():
 
 def test_what_does_not_fold():
   own = WideResNet(10, method=Method(normalize=True, gain=0.5))
-  with pytest.raises(InputError, match=r'gain=0\.5 folds where ReLU'):
+  with pytest.raises(InputError, match=r'gain=0\.5 folds only if ReLU'):
     fold(own, {})
-  with pytest.raises(InputError, match='gain=-1 folds where ReLU'):
+  with pytest.raises(InputError, match='gain=-1 folds only if ReLU'):
     fold(WideResNet(10, method=Method(gain=-1.0)), {})
   variables = {'params': {'stem': {}}, 'batch_stats': {}}
   with pytest.raises(InputError, match=r"variables of params.*\['params'\]"):

@@ -1,27 +1,38 @@
 """ReLU and concatenated ReLU."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+Activation = Callable[[jax.Array], jax.Array]
 
 
 @jax.custom_jvp
 def relu(x: jax.Array) -> jax.Array:
-  """max(x, 0), whose derivative is read from its output, not from its input.
+  """Returns max(x, 0), whose derivative is read from the output.
 
-  The next convolution keeps that output anyway; see `stages.keep`.
+  The next convolution keeps the output anyway, so the input need not be kept;
+  see `stages.keep_all_but_masks`.
   """
   return jnp.maximum(x, 0)
 
 
 @relu.defjvp
-def _relu_jvp(primals, tangents):
-  y = relu(*primals)
-  return y, jnp.where(y > 0, *tangents, jnp.zeros_like(y))
+def _relu_jvp(
+  primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  (x,), (dx,) = primals, tangents
+  y = relu(x)
+  return y, jnp.where(y > 0, dx, jnp.zeros_like(y))
 
 
 def crelu(x: jax.Array) -> jax.Array:
-  """Concatenated ReLU: max(x, 0), then max(-x, 0), twice the channels."""
+  """Concatenated ReLU: max(x, 0), then max(-x, 0), twice the channels.
+
+  Shang et al. 2016, https://arxiv.org/abs/1603.05201.
+  """
   return relu(jnp.concatenate([x, -x], axis=-1))
 
 
-ACTIVATIONS = {'relu': relu, 'crelu': crelu}
+ACTIVATIONS: dict[str, Activation] = {'relu': relu, 'crelu': crelu}

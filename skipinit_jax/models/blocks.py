@@ -14,16 +14,17 @@ from skipinit_jax.models.layers import Layers
 class ResidualBlock(nn.Module):
   """Pre-activation residual block (He et al. 2016), basic or bottleneck.
 
-  branch: [norm, relu, conv] for each kernel size, the last conv carrying the
-  scalar. A block that changes the shape projects the activated (and, with
-  batch normalization, normalized) input with a 1x1 convolution; the scalar sits
-  on its branch too. Without a skip path there is no projection and no `Join`.
+  The branch is [norm, activation, conv] for each kernel size; the last conv has
+  the scalar. A block that changes the shape projects its activated (and, with
+  batch normalization, normalized) input with a 1x1 convolution; the scalar is
+  on the branch there too. Without a skip path there is no projection and no
+  `Join`.
 
   Attributes:
     features: output channels of each convolution of the branch.
-    kernel_sizes: of the same length; the stride is on the first 3.
+    kernel_sizes: one for each convolution; the first 3x3 has the stride.
     strides: of the block.
-    layers: what the method puts in, see `make_layers`.
+    layers: see `make_layers`.
   """
 
   features: Sequence[int]
@@ -33,7 +34,7 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """x: (batch, height, width, channels)."""
+    """Maps (batch, height, width, channels) to the same, strided."""
     layers, depth = self.layers, len(self.features)
     strides = _branch_strides(self.kernel_sizes, self.strides)
     projects = layers.skip and _changes_shape(
@@ -57,12 +58,12 @@ class FixupBlock(nn.Module):
   """Fixup's post-activation block (Zhang, Dauphin, Ma 2019, and their code).
 
   relu(shortcut(x + b1a) + alpha conv2(relu(conv1(x + b1a) + b1b) + b2a) + b2b)
-  and the same with three convolutions. The multiplier is `alpha`, at 1.
+  and the same with three convolutions. Its multiplier is `alpha`, 1 at first.
 
   Attributes:
-    pooled_shortcut: where the shape changes, subsample and pad the channels by
-      zeros (the authors' CIFAR networks) in place of a 1x1 convolution.
     features, kernel_sizes, strides, layers: as in `ResidualBlock`.
+    pooled_shortcut: where the shape changes, subsample and pad the channels
+      with zeros (the authors' CIFAR networks) instead of a 1x1 convolution.
   """
 
   features: Sequence[int]
@@ -73,7 +74,11 @@ class FixupBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """x: (batch, height, width, channels)."""
+    """Maps (batch, height, width, channels) to the same, strided.
+
+    Raises:
+      InputError: a pooled shortcut to fewer channels.
+    """
     layers, depth, out = self.layers, len(self.features), self.features[-1]
     strides = _branch_strides(self.kernel_sizes, self.strides)
     skip = x
@@ -106,9 +111,10 @@ def _changes_shape(x: jax.Array, features: int, strides: int) -> bool:
 
 def _subsample_and_pad(x: jax.Array, features: int, strides: int) -> jax.Array:
   x = x[:, ::strides, ::strides]
-  if features < x.shape[-1]:
+  channels = x.shape[-1]
+  if features < channels:
     raise InputError(
-      f'features={features}: a pooled shortcut pads channels, it has '
-      f'{x.shape[-1]} already; expected so many or more'
+      f'features={features}: a pooled shortcut only adds channels; expected '
+      f'{channels} or more, as in its input'
     )
-  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - channels)))

@@ -1,4 +1,4 @@
-"""What networks and layers say about arguments of the wrong kind."""
+"""Checks of the arguments of networks and layers."""
 
 import math
 import numbers
@@ -14,20 +14,20 @@ from skipinit_jax.models.methods import Method
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 
 
-def is_whole(value: Any, least: int = 1) -> bool:
-  """Whether `value` is a whole number, `least` or more; True is none."""
-  whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  return whole and value >= least
+def is_whole(value: Any) -> bool:
+  """Whether `value` is a whole number, 1 or more; True is not."""
+  whole = not isinstance(value, bool) and isinstance(value, numbers.Integral)
+  return whole and int(value) >= 1
 
 
 def check_whole(field: str, value: Any) -> None:
   """Raises InputError unless `value` is a whole number, 1 or more."""
   if is_whole(value):
     return
-  number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  number = not isinstance(value, bool) and isinstance(value, numbers.Real)
   near = ''
   if number and math.isfinite(value):
-    near = f'; nearest: {max(1, round(value))}'
+    near = f'; nearest: {max(1, round(float(value)))}'
   raise InputError(
     f'{field}={shown(value)} must be a whole number, 1 or more{near}'
   )
@@ -43,18 +43,43 @@ def check_floating_dtype(field: str, dtype: Any) -> None:
     raise InputError(unknown(field, dtype, DTYPES))
 
 
+def check_inputs(
+  name: str, inputs: Any, shape: str, rank: int, *, or_more: bool = False
+) -> None:
+  """Raises InputError unless a network can take `inputs`.
+
+  Args:
+    name: of the inputs, for the error.
+    inputs: expected to be floating and not empty.
+    shape: expected, in words, for the error.
+    rank: expected number of axes.
+    or_more: whether more axes will do.
+  """
+  found = getattr(inputs, 'ndim', 0)
+  if (
+    found < rank
+    or (found > rank and not or_more)
+    or not jnp.issubdtype(inputs.dtype, jnp.floating)
+    or 0 in inputs.shape
+  ):
+    raise InputError(
+      f'{name} must be floating and of shape {shape}, no axis empty, got '
+      f'{kind(inputs)}'
+    )
+
+
 def check_scalar(field: str, value: Any) -> None:
   """Raises InputError unless `value` is a number or an array of shape ()."""
   if isinstance(value, numbers.Real) or getattr(value, 'shape', None) == ():
     return
   raise InputError(
-    f'{field}={shown(value)}: expected a number; what networks call '
-    "alpha='1/sqrt(d)' is num_blocks**-0.5"
+    f"{field}={shown(value)}: expected a number; alpha='1/sqrt(d)' of a "
+    'network is num_blocks**-0.5 here'
   )
 
 
 def check_branch(branch: Any) -> None:
-  """Raises InputError for what a scalar would turn into zeros: integers."""
+  """Raises InputError for a branch of integers: alpha would round to 0."""
   dtype = getattr(branch, 'dtype', None)
   if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
     raise InputError(
@@ -65,7 +90,10 @@ def check_branch(branch: Any) -> None:
 def check_choices(
   method: Method, num_blocks: int, activation: str, kernel_init: str, skip: bool
 ) -> None:
-  """Raises InputError for what has no meaning, or no signal at the start."""
+  """Raises InputError for choices that exclude each other.
+
+  These have no meaning together, or pass no signal at initialization.
+  """
   method.check(num_blocks)
   if activation not in ACTIVATIONS:
     raise InputError(unknown('activation', activation, ACTIVATIONS))
@@ -89,7 +117,7 @@ def check_choices(
   dead = method.zero_last or method.alpha_value(num_blocks) == 0
   if not skip and (method.fixup_block or method.gain != 1 or dead):
     raise InputError(
-      'skip=False leaves the branches alone, so that these must carry the '
-      "signal from the start: expected method 'none' or 'batchnorm', or "
-      "'skipinit' with an alpha other than 0"
+      'skip=False leaves only the branches, which must pass the signal at '
+      "initialization: expected method 'none' or 'batchnorm', or 'skipinit' "
+      'with an alpha other than 0'
     )

@@ -1,19 +1,39 @@
-"""The convolution of all layers, with its special case for CPUs."""
+"""The convolution that all layers use, with its special case for CPUs."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def convolve(x, kernel, strides, padding, *, symmetric=False, **kwargs):
-  """`lax.conv_general_dilated`, but for 3x3 kernels on 2x2 images on a CPU.
+def convolve(
+  x: jax.Array,
+  kernel: jax.Array,
+  strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+  *,
+  symmetric: bool = False,
+  **options: Any,
+) -> jax.Array:
+  """Computes `jax.lax.conv_general_dilated`, faster on CPUs for 2x2 images.
 
-  With `symmetric` the padding is half of the kernel's size, on both sides.
+  Args:
+    x: (batch, height, width, inputs).
+    kernel: (height, width, inputs, outputs), of the dtype of `x`.
+    strides: one for each axis of the image.
+    padding: 'SAME', 'VALID', or pixels before and after for each axis.
+    symmetric: pad both sides by half the kernel's size, whatever `padding` is.
+    **options: the other arguments of `jax.lax.conv_general_dilated`.
+
+  Returns:
+    (batch, height', width', outputs), of the dtype of `x`.
   """
   if symmetric:
     padding = [(size // 2, size // 2) for size in kernel.shape[:2]]
 
-  def convolution(x, kernel):
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+  def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
   if (*x.shape[1:3], *kernel.shape[:2], *strides) == (2, 2, 3, 3, 1, 1):
     return jax.lax.platform_dependent(
@@ -27,6 +47,13 @@ def convolve_2x2(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
   Output pixel (p, q) reads input pixel (i, j) through tap (i - p + 1,
   j - q + 1). XLA's CPU convolution takes 5 to 10 times as long at this size.
+
+  Args:
+    x: (batch, 2, 2, inputs).
+    kernel: (3, 3, inputs, outputs), of the same dtype.
+
+  Returns:
+    (batch, 2, 2, outputs).
   """
   taps = [kernel[1 - p : 3 - p, 1 - q : 3 - q] for p in (0, 1) for q in (0, 1)]
   matrix = jnp.concatenate([t.reshape(-1, t.shape[-1]) for t in taps], axis=-1)

@@ -1,4 +1,4 @@
-"""Fully connected residual networks: what theory speaks of, without images."""
+"""Fully connected residual networks, the subject of much theory."""
 
 import functools
 from collections.abc import Callable
@@ -6,20 +6,24 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.typing import Dtype
 
-from skipinit_jax.errors import InputError, kind, unknown
-from skipinit_jax.models.activations import relu
-from skipinit_jax.models.checks import check_floating_dtype, check_whole
+from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.models.activations import Activation, relu
+from skipinit_jax.models.checks import (
+  check_floating_dtype,
+  check_inputs,
+  check_whole,
+)
+from skipinit_jax.models.layers import Norm, last_layer, make_norm
 from skipinit_jax.models.methods import METHODS, Method, resolve_method
-from skipinit_jax.models.normalization import BatchNorm
+from skipinit_jax.models.precision import widen
 from skipinit_jax.models.skipinit import Join, SkipInitDense
 from skipinit_jax.models.stages import Stage
 
 # Activation -> its function, and the variance of a kernel times its fan-in
-# that keeps the second moment of what the activation is given.
-ACTIVATIONS: dict[str, tuple[Callable, float]] = {
+# that keeps the second moment of the activation's input.
+ACTIVATIONS: dict[str, tuple[Activation, float]] = {
   'relu': (relu, 2.0),  # He et al. 2015.
   'linear': (lambda x: x, 1.0),
 }
@@ -29,25 +33,25 @@ class DenseResNet(nn.Module):
   """A residual network of dense layers, all of one width, without biases.
 
   A stem, blocks of [norm, activation, dense] for each layer of the branch, a
-  last norm and activation, and a classifier. The blocks are those of one stage,
-  so that the parameters have the names of `ResNet`'s.
+  last norm and activation, and a classifier. All blocks are in one stage, so
+  parameters are named as in `ResNet`.
 
   Attributes:
     blocks: number of residual blocks, d in 1/sqrt(d).
     width: features of the stem and of every layer.
     num_classes: of the classifier; None returns the features before it.
     method: a name in `METHODS`, or a `Method`; its `normalize`, `alpha`, `gain`
-      and `zero_last` are read, and Fixup's blocks and rescaling refused.
+      and `zero_last` apply, Fixup's blocks and rescaling are refused.
     alpha: initial value of the scalar, a number or '1/sqrt(d)' for d blocks;
       None: the method's own.
     activation: 'relu' with kernels of variance 2 / fan-in, or 'linear' with
       1 / fan-in.
-    skip: False makes the feed-forward network of the same layers; there is no
-      sum, and so no `gain`. A scalar at 0 makes its output constant.
+    skip: False: a feed-forward network of the same layers. It has no sums, so
+      no `gain`; a scalar at 0 makes its output constant.
     branch_layers: dense layers in a branch, 1 or 2.
-    scan: all blocks but the first as one scanned block; see `stages`.
+    scan: run all blocks but the first as one scanned block; see `stages`.
     dtype: of the computation; None: that of inputs and parameters. The logits
-      are float32 at least.
+      are at least float32.
     param_dtype: of the parameters.
   """
 
@@ -82,47 +86,41 @@ class DenseResNet(nn.Module):
 
     Raises:
       InputError: inputs that are not floating or have no batch, an unknown
-        method or dtype, sizes that can't be, or an alpha of 0 with `zero_last`.
+        method or dtype, impossible sizes, or an alpha of 0 with `zero_last`.
     """
     method = self._check(inputs)
-    act, variance = ACTIVATIONS[self.activation]
+    activation, variance = ACTIVATIONS[self.activation]
     init = nn.initializers.variance_scaling(variance, 'fan_in', 'normal')
-    dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     dense = functools.partial(
-      nn.Dense, use_bias=False, kernel_init=init, **dtypes
+      nn.Dense,
+      use_bias=False,
+      kernel_init=init,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
     )
-    last = dense
-    if (alpha := method.alpha_value(self.blocks)) is not None:
-      last = functools.partial(
-        SkipInitDense, init_value=alpha, **dense.keywords
+    norm = make_norm(method, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def make_block(strides: int, name: str) -> DenseBlock:
+      return DenseBlock(
+        dense=dense,
+        last=last_layer(method, self.blocks, dense, SkipInitDense),
+        norm=norm,
+        activation=activation,
+        branch_layers=self.branch_layers,
+        join=functools.partial(Join, method.gain) if self.skip else None,
+        name=name,
       )
-    if method.zero_last:
-      last = functools.partial(last, kernel_init=nn.initializers.zeros)
-    norm = None
-    if method.normalize:
-      norm = functools.partial(BatchNorm, **dtypes)
 
     x = inputs.reshape(inputs.shape[0], -1)
     x = dense(self.width, name='stem')(x)
     x = Stage(
-      lambda strides, name: DenseBlock(
-        dense,
-        last,
-        norm,
-        act,
-        self.branch_layers,
-        join=functools.partial(Join, method.gain) if self.skip else None,
-        name=name,
-      ),
+      make_block,
       size=self.blocks,
       strides=1,
       scan=self.scan,
       name='stage1',
     )(x, train=train)
-    if norm:
-      x = normalized(norm(name='norm'), x, train)
-    x = act(x)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = widen(activation(norm('norm')(x, train=train)))
     if self.num_classes is None:
       return x
     return nn.Dense(
@@ -133,15 +131,7 @@ class DenseResNet(nn.Module):
     )(x)
 
   def _check(self, inputs: jax.Array) -> Method:
-    if (
-      getattr(inputs, 'ndim', 0) < 2
-      or not jnp.issubdtype(inputs.dtype, jnp.floating)
-      or 0 in inputs.shape
-    ):
-      raise InputError(
-        'inputs must be floating and of shape (batch, ...), no axis empty, got '
-        f'{kind(inputs)}'
-      )
+    check_inputs('inputs', inputs, '(batch, ...)', rank=2, or_more=True)
     check_whole('blocks', self.blocks)
     check_whole('width', self.width)
     if self.num_classes is not None:
@@ -157,7 +147,7 @@ class DenseResNet(nn.Module):
     if method.fixup_block or method.rescale or method.scalar_biases:
       good = [name for name in METHODS if name != 'fixup']
       raise InputError(
-        f'method={self.method!r}: a DenseResNet has no part of Fixup but '
+        f'method={self.method!r}: a DenseResNet has no part of Fixup except '
         f'zero_last; expected one of {", ".join(good)}'
       )
     return method
@@ -168,31 +158,25 @@ class DenseBlock(nn.Module):
 
   Attributes:
     dense, last: make the layers of the branch, the last one with the scalar.
-    norm: makes a `BatchNorm`, or None.
-    activation: of arrays.
+    norm: called as norm(name)(x, train=train).
+    activation: before each layer.
     branch_layers: dense layers in the branch.
     join: makes the `Join`; None: no skip path.
   """
 
-  dense: Callable
-  last: Callable
-  norm: Callable | None
-  activation: Callable
+  dense: Callable[..., nn.Dense]
+  last: Callable[..., nn.Dense]
+  norm: Callable[[str], Norm]
+  activation: Activation
   branch_layers: int
-  join: Callable | None
+  join: Callable[..., Join] | None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """x: (batch, width)."""
+    """Maps (batch, width) to (batch, width)."""
     skip, width = x, x.shape[-1]
     for i in range(1, self.branch_layers + 1):
-      if self.norm:
-        x = normalized(self.norm(name=f'norm{i}'), x, train)
+      x = self.activation(self.norm(f'norm{i}')(x, train=train))
       layer = self.last if i == self.branch_layers else self.dense
-      x = layer(width, name=f'dense{i}')(self.activation(x))
+      x = layer(width, name=f'dense{i}')(x)
     return self.join(name='join')(skip, x) if self.join else x
-
-
-def normalized(norm: BatchNorm, x: jax.Array, train: bool) -> jax.Array:
-  """Applies `norm`, which takes images, to x: (batch, features)."""
-  return norm(x[:, None, None, :], train=train)[:, 0, 0, :]

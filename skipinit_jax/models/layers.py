@@ -2,49 +2,48 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
+import jax
 from flax.typing import Dtype
 
-from skipinit_jax.models.activations import ACTIVATIONS
+from skipinit_jax.models.activations import ACTIVATIONS, Activation
 from skipinit_jax.models.checks import check_choices, check_floating_dtype
 from skipinit_jax.models.convolution import convolve
 from skipinit_jax.models.looks_linear import kernel_initializer, orthogonal
-from skipinit_jax.models.methods import (
-  Initializer,
-  Method,
-  fixup_kernel_init,
-  he_normal,
-)
+from skipinit_jax.models.methods import Method, fixup_kernel_init, he_normal
 from skipinit_jax.models.normalization import BatchNorm
 from skipinit_jax.models.precision import Conv, ScalarBias
 from skipinit_jax.models.skipinit import Join, SkipInitConv
 
+Layer = TypeVar('Layer', bound=nn.Module)
+Norm = Callable[..., jax.Array]
+
 
 class Layers(NamedTuple):
-  """What a method puts into a block; each entry makes a module given a name.
+  """The layers of a network's blocks; every field but two makes a module.
 
   Attributes:
     conv: convolutions outside the branches: the projections.
-    branch_conv: convolutions inside a branch but its last.
-    last_conv: the last convolution of a branch, with alpha folded in if any.
+    branch_conv: all convolutions of a branch except the last.
+    last_conv: the last convolution of a branch, times alpha if there is one.
     norm: called as norm(name)(x, train=train).
     join: called as join()(skip, branch).
     scalar_bias: called as scalar_bias(name)(x).
-    stem_conv: the first convolution, whose input comes from no activation.
+    stem_conv: the first convolution, whose input follows no activation.
     activation: of the pre-activation block; may double the channels.
-    skip: whether blocks have a skip path; without, they are their branches.
+    skip: whether blocks have a skip path; if not, they are their branches.
   """
 
-  conv: Callable
-  branch_conv: Callable
-  last_conv: Callable
-  norm: Callable
-  join: Callable
-  scalar_bias: Callable
-  stem_conv: Callable
-  activation: Callable
+  conv: Callable[..., Conv]
+  branch_conv: Callable[..., Conv]
+  last_conv: Callable[..., Conv]
+  norm: Callable[[str], Norm]
+  join: Callable[[], Join]
+  scalar_bias: Callable[[str], Activation]
+  stem_conv: Callable[..., Conv]
+  activation: Activation
   skip: bool
 
 
@@ -63,61 +62,93 @@ def make_layers(
   skip: bool = True,
   symmetric_padding: bool = False,
 ) -> Layers:
-  """Turns what a method says into the layers of a network's blocks.
+  """Makes the layers of the blocks of a network.
+
+  Args:
+    method: decides on normalization, scalars and initialization.
+    num_blocks: residual blocks in the network, d in 1/sqrt(d).
+    branch_layers: convolutions in a branch.
+    biases: see `ResNet`, like all that follow.
 
   Raises:
-    InputError: choices that don't go together; see `ResNet`.
+    InputError: choices that exclude each other; see `ResNet`.
   """
   check_choices(method, num_blocks, activation, kernel_init, skip)
   check_floating_dtype('dtype', dtype)
   check_floating_dtype('param_dtype', param_dtype)
-  dtypes = {'dtype': dtype, 'param_dtype': param_dtype}
   outer = kernel_initializer(kernel_init, he_normal(method.kernel_fan))
   # The stem's input is not mirrored.
   first = orthogonal() if kernel_init == 'looks_linear' else outer
-  inner: Initializer = outer
+  inner = outer
   if method.rescale:
     inner = fixup_kernel_init(num_blocks, branch_layers, method.kernel_fan)
-  last = nn.initializers.zeros if method.zero_last else outer
 
   conv = functools.partial(
     Conv,
     use_bias=biases,
+    kernel_init=outer,
     conv_general_dilated=functools.partial(
       convolve, symmetric=symmetric_padding
     ),
-    **dtypes,
-  )
-  alpha = method.alpha_value(num_blocks)
-  if alpha is None:
-    last_conv = conv
-  else:
-    last_conv = functools.partial(
-      SkipInitConv, init_value=alpha, **conv.keywords
-    )
-  norm = functools.partial(
-    BatchNorm, group=statistics_group, axis_name=axis_name, **dtypes
+    dtype=dtype,
+    param_dtype=param_dtype,
   )
   return Layers(
-    conv=functools.partial(conv, kernel_init=outer),
+    conv=conv,
     branch_conv=functools.partial(conv, kernel_init=inner),
-    last_conv=functools.partial(last_conv, kernel_init=last),
-    norm=(lambda name: norm(name=name)) if method.normalize else _no_norm,
-    join=functools.partial(Join, gain=method.gain, name='join'),
-    scalar_bias=(
-      (lambda name: ScalarBias(param_dtype, name=name))
-      if method.scalar_biases
-      else _no_bias
+    last_conv=last_layer(method, num_blocks, conv, SkipInitConv),
+    norm=make_norm(
+      method,
+      group=statistics_group,
+      axis_name=axis_name,
+      dtype=dtype,
+      param_dtype=param_dtype,
     ),
+    join=functools.partial(Join, gain=method.gain, name='join'),
+    scalar_bias=make_scalar_bias(method, param_dtype),
     stem_conv=functools.partial(conv, kernel_init=first, use_bias=False),
     activation=ACTIVATIONS[activation],
     skip=skip,
   )
 
 
-def _no_norm(name: str) -> Callable:
-  return lambda x, train: x
+def last_layer(
+  method: Method,
+  num_blocks: int,
+  layer: functools.partial[Layer],
+  scaled: Callable[..., Layer],
+) -> functools.partial[Layer]:
+  """Returns the factory of the layer that ends a branch.
+
+  Args:
+    method: says whether the layer has a scalar, and whether it starts at zero.
+    num_blocks: residual blocks in the network.
+    layer: makes the other layers of a branch.
+    scaled: the same kind of layer with a scalar, such as `SkipInitConv`.
+  """
+  alpha = method.alpha_value(num_blocks)
+  if alpha is not None:
+    layer = functools.partial(scaled, init_value=alpha, **layer.keywords)
+  if method.zero_last:
+    layer = functools.partial(layer, kernel_init=nn.initializers.zeros)
+  return layer
 
 
-def _no_bias(name: str) -> Callable:
-  return lambda x: x
+def make_norm(method: Method, **fields: Any) -> Callable[[str], Norm]:
+  """Returns the factory, by name, of a `BatchNorm` or of the identity."""
+  if method.normalize:
+    return lambda name: BatchNorm(**fields, name=name)
+  return lambda name: _identity
+
+
+def make_scalar_bias(
+  method: Method, param_dtype: Dtype
+) -> Callable[[str], Activation]:
+  """Returns the factory, by name, of a `ScalarBias` or of the identity."""
+  if method.scalar_biases:
+    return lambda name: ScalarBias(param_dtype, name=name)
+  return lambda name: _identity
+
+
+def _identity(x: jax.Array, train: bool = False) -> jax.Array:
+  return x

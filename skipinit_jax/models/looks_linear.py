@@ -1,7 +1,11 @@
 """Orthogonal and looks-linear kernels (Balduzzi et al. 2017, section 4)."""
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.typing import Dtype
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.methods import Initializer
@@ -10,13 +14,13 @@ KERNEL_INITS = ('he', 'orthogonal', 'looks_linear')
 
 
 def kernel_initializer(name: str, he: Initializer) -> Initializer:
-  """The initializer of a network's kernels, of `KERNEL_INITS`.
+  """Looks up the initializer of a network's kernels.
 
   Args:
-    name: 'he'; 'orthogonal', whose gain of sqrt(2) makes up for what ReLU takes
-      from the second moment, as He's initialization does; or 'looks_linear',
-      orthogonal kernels mirrored for concatenated ReLU, which need no gain.
-    he: what 'he' stands for.
+    name: one of `KERNEL_INITS`: 'he'; 'orthogonal', with a gain of sqrt(2), as
+      ReLU halves the second moment; or 'looks_linear', orthogonal kernels
+      mirrored for concatenated ReLU, which need no gain.
+    he: the initializer for 'he'.
   """
   if name == 'he':
     return he
@@ -24,7 +28,7 @@ def kernel_initializer(name: str, he: Initializer) -> Initializer:
 
 
 def orthogonal(scale: float = 1.0) -> Initializer:
-  """Orthogonal matrices, in the middle of a kernel that has an extent.
+  """Orthogonal matrices, at the center tap of a convolution's kernel.
 
   A convolution with such a kernel ("delta-orthogonal", Xiao et al. 2018) maps
   each pixel by one orthogonal matrix. With stride 1 and at least as many output
@@ -36,7 +40,7 @@ def orthogonal(scale: float = 1.0) -> Initializer:
 
   Returns:
     init(key, shape, dtype) for shapes (inputs, outputs) and (..., inputs,
-    outputs) with one to three dimensions of extent.
+    outputs) with one to three spatial axes.
 
   >>> import jax
   >>> kernel = orthogonal()(jax.random.key(0), (3, 3, 2, 4))
@@ -45,13 +49,15 @@ def orthogonal(scale: float = 1.0) -> Initializer:
   """
   delta = nn.initializers.delta_orthogonal(scale)
 
-  def init(key, shape, dtype=jnp.float32):
-    *extent, inputs, outputs = shape
-    if not extent:
+  def init(
+    key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32
+  ) -> jax.Array:
+    *spatial, inputs, outputs = shape
+    if not spatial:
       return nn.initializers.orthogonal(scale)(key, shape, dtype)
     if inputs <= outputs:
       return delta(key, shape, dtype)
-    return delta(key, (*extent, outputs, inputs), dtype).swapaxes(-1, -2)
+    return delta(key, (*spatial, outputs, inputs), dtype).swapaxes(-1, -2)
 
   return init
 
@@ -63,7 +69,10 @@ def mirrored(init: Initializer) -> Initializer:
   the network looks linear at the start.
 
   Args:
-    init: of W, called with half of the inputs.
+    init: makes W, for half of the inputs.
+
+  Raises:
+    InputError: when called for an odd number of inputs.
 
   >>> import jax
   >>> init = mirrored(nn.initializers.ones)
@@ -71,14 +80,16 @@ def mirrored(init: Initializer) -> Initializer:
   [[1.0], [1.0], [-1.0], [-1.0]]
   """
 
-  def mirror(key, shape, dtype=jnp.float32):
-    *extent, inputs, outputs = shape
+  def mirror(
+    key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32
+  ) -> jax.Array:
+    *spatial, inputs, outputs = shape
     if inputs % 2:
       raise InputError(
-        f'a mirrored kernel takes concatenated ReLUs, an even number of '
-        f'inputs, got {inputs}'
+        'a mirrored kernel follows concatenated ReLUs: expected an even number '
+        f'of inputs, got {inputs}'
       )
-    half = init(key, (*extent, inputs // 2, outputs), dtype)
+    half = init(key, (*spatial, inputs // 2, outputs), dtype)
     return jnp.concatenate([half, -half], axis=-2)
 
   return mirror

@@ -1,35 +1,39 @@
-"""What distinguishes one way of training a residual network from another."""
+"""The methods: normalization, scalars, initialization and rates of each."""
 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal
 
+import jax
 from flax import linen as nn
 
 from skipinit_jax.errors import InputError, shown, unknown
 
-Initializer = Callable
+Initializer = Callable[..., jax.Array]
+Fan = Literal['fan_in', 'fan_out']
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """Everything a method says; the networks read these fields, never a name.
+  """One method; networks read these fields, never the name.
 
   Attributes:
     normalize: batch normalization in every residual branch.
     alpha: initial value of the learnable scalar at the end of every branch, a
       number or '1/sqrt(d)' for d residual blocks; None for no scalar.
     gain: factor on the output of every block, skip path included.
-    fixup_block: Fixup's post-activation block in place of the pre-activation.
-    scalar_biases: Fixup's scalar bias before each layer and activation.
+    fixup_block: use Fixup's post-activation block instead of the
+      pre-activation block.
+    scalar_biases: add Fixup's scalar bias before each layer and activation.
     kernel_fan: the fan of He's initialization, 'fan_in' or 'fan_out'.
-    rescale: multiplies the standard deviation of the kernels inside a branch
-      by d^(-1/(2m-2)) for m layers a branch (Fixup's second rule).
-    zero_last: starts the last kernel of every branch at zero (Fixup's first).
-    zero_classifier: starts the classifier at zero, unless the network says
-      otherwise.
-    reduced_rate: learning rate of all parameters but the kernels, as a share
-      of the recipe's rate before it is scaled with the batch; None: the same.
+    rescale: multiply the standard deviation of the kernels inside a branch by
+      d^(-1/(2m-2)), for branches of m layers (Fixup's second rule).
+    zero_last: start the last kernel of every branch at zero (Fixup's first).
+    zero_classifier: start the classifier at zero, unless the network has a
+      `classifier_init`.
+    reduced_rate: learning rate of all parameters except kernels, as a share of
+      the recipe's rate before that is scaled with the batch; None: the same.
   """
 
   normalize: bool = False
@@ -37,14 +41,18 @@ class Method:
   gain: float = 1.0
   fixup_block: bool = False
   scalar_biases: bool = False
-  kernel_fan: str = 'fan_in'
+  kernel_fan: Fan = 'fan_in'
   rescale: bool = False
   zero_last: bool = False
   zero_classifier: bool = False
   reduced_rate: float | None = None
 
   def alpha_value(self, num_blocks: int) -> float | None:
-    """The scalar's initial value in a network of `num_blocks` blocks."""
+    """Returns the scalar's initial value for `num_blocks` blocks, or None.
+
+    Raises:
+      InputError: an `alpha` that is neither finite nor '1/sqrt(d)'.
+    """
     if self.alpha is None:
       return None
     if isinstance(self.alpha, str) and self.alpha == '1/sqrt(d)':
@@ -63,14 +71,14 @@ class Method:
     """Raises InputError for fields that contradict each other."""
     if self.scalar_biases and not self.fixup_block:
       raise InputError(
-        'scalar_biases=True is for fixup_block=True, which has the places for '
-        "them; expected scalar_biases=False, or the parts of method 'fixup'"
+        'scalar_biases=True is for fixup_block=True, whose block adds them; '
+        "expected scalar_biases=False, or the parts of method 'fixup'"
       )
     if self.alpha_value(num_blocks) == 0 and self.zero_last:
       raise InputError(
         f'alpha={shown(self.alpha)} with zero_last=True: each keeps the '
-        "other's gradient at zero for ever; expected another alpha, such as 1, "
-        'or zero_last=False'
+        "other's gradient at zero; expected another alpha, such as 1, or "
+        'zero_last=False'
       )
 
 
@@ -78,11 +86,11 @@ METHODS: dict[str, Method] = {
   'batchnorm': Method(normalize=True),
   # De & Smith 2020: alpha at 0, or at most 1/sqrt(d).
   'skipinit': Method(alpha=0.0),
-  # Zhang, Dauphin, Ma 2019. Rates as in its authors' code: a tenth for the
+  # Zhang, Dauphin, Ma 2019. Rates as in the authors' code: a tenth for the
   # multipliers and for every bias, the classifier's included. Our choice: the
-  # stem is He-initialized like the projections; theirs keeps PyTorch's default,
-  # a variance of 1/(3 fan_in) against our 2/fan_out: .89 of ours for 3 channels
-  # to 16 in 3x3, 3.6 times ours for 3 channels to 64 in 7x7.
+  # stem is He-initialized like the projections. Theirs keeps PyTorch's default,
+  # a variance of 1/(3 fan_in) instead of 2/fan_out: .89 of ours for 3x3 kernels
+  # from 3 to 16 channels, 3.6 times ours for 7x7 kernels from 3 to 64.
   'fixup': Method(
     alpha=1.0,
     fixup_block=True,
@@ -102,12 +110,15 @@ METHODS: dict[str, Method] = {
 def resolve_method(
   method: str | Method, alpha: float | str | None = None
 ) -> Method:
-  """Looks a method up, with another initial value of its scalar if given.
+  """Looks up a method, and overrides the initial value of its scalar.
 
-  An `alpha` of 'none' takes the scalar away.
+  Args:
+    method: a name in `METHODS`, or a `Method`.
+    alpha: a number or '1/sqrt(d)'; 'none' removes the scalar; None keeps the
+      method's own.
 
   Raises:
-    InputError: for an unknown name, or an `alpha` for a method without one.
+    InputError: an unknown name, or an `alpha` for a method without one.
   """
   if not isinstance(method, Method):
     if not isinstance(method, str) or method not in METHODS:
@@ -123,23 +134,26 @@ def resolve_method(
     having = ' or '.join(n for n, m in METHODS.items() if m.alpha is not None)
     raise InputError(
       f'alpha={shown(alpha)} was given, but {name} has no such scalar; '
-      f'expected {having}, or alpha left out'
+      f'expected {having}, or no alpha'
     )
   return dataclasses.replace(method, alpha=alpha)
 
 
-def he_normal(fan: str = 'fan_in') -> Initializer:
-  """He's initialization: normal, variance 2 / fan (He et al. 2015)."""
+def he_normal(fan: Fan = 'fan_in') -> Initializer:
+  """He's initialization: normal, of variance 2 / fan (He et al. 2015)."""
   return nn.initializers.variance_scaling(2.0, fan, 'normal')
 
 
 def fixup_kernel_init(
-  num_branches: int, branch_layers: int, fan: str = 'fan_out'
+  num_branches: int, branch_layers: int, fan: Fan = 'fan_out'
 ) -> Initializer:
-  """Fixup's second rule for the kernels inside a branch but its last.
+  """Fixup's second rule, for all kernels of a branch except the last.
 
-  He's initialization with a standard deviation times L^(-1/(2m-2)), for L
+  He's initialization with its standard deviation times L^(-1/(2m-2)), for L
   branches of m layers each (Zhang, Dauphin, Ma 2019, algorithm, step 2).
+
+  Raises:
+    InputError: no branch, or branches of fewer than two layers.
   """
   if num_branches < 1 or branch_layers < 2:
     raise InputError(

@@ -1,6 +1,6 @@
-"""Moments of what the modules of a network return, and of what its joins add.
+"""Moments of the outputs of modules, and of both paths of every `Join`.
 
-The part that is traced; `analysis.capture` makes tables of it.
+This is the traced part; `analysis.capture` makes tables of it.
 """
 
 import re
@@ -10,81 +10,91 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, kind
 from skipinit_jax.models.parameters import in_order
+from skipinit_jax.models.precision import widen
 from skipinit_jax.models.skipinit import Join
 
 SOWN = 'moments_of_'
 
 
-def recorder(pattern: str | None = None) -> tuple[Callable, dict[str, None]]:
-  """For `nn.intercept_methods`: sows moments into 'intermediates'.
+def recorder(
+  pattern: str | None = None,
+) -> tuple[Callable[..., Any], dict[str, None]]:
+  """Makes an interceptor that sows moments into 'intermediates'.
 
   Args:
-    pattern: a regular expression for the paths of modules whose outputs to look
-      at; None: every `Join`, and both its paths.
+    pattern: a regular expression for the paths of the modules to record; None:
+      every `Join`, with both its paths.
 
   Returns:
-    The interceptor, and the paths that it has met, in order, as keys.
+    The interceptor, for `nn.intercept_methods`, and a dict whose keys will be
+    the paths of the recorded modules, in the order of their calls.
   """
-  seen: dict[str, None] = {}  # A scan traces its body repeatedly.
+  recorded: dict[str, None] = {}  # A scan traces its body repeatedly.
 
-  def record(call, args, kwargs, context):
+  def record(
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+  ) -> Any:
     out = call(*args, **kwargs)
     module = context.module
     path = '/'.join(module.path)
     if context.method_name != '__call__' or not _wanted(module, path, pattern):
       return out
     if getattr(out, 'ndim', 0) < 2:
-      kind = getattr(out, 'shape', type(out).__name__)
       raise InputError(
-        f'{path} returns {kind}; expected an array (batch, ..., channels)'
+        f'{path} returns {kind(out)}; expected an array (batch, ..., channels)'
       )
-    seen[path] = None
+    recorded[path] = None
     values = {f'output_{name}': v for name, v in _moments(out).items()}
     if pattern is None:
-      values |= _of_join(module, *args, **kwargs)
+      values |= _join_moments(module, *args, **kwargs)
     for name, value in values.items():
       module.sow('intermediates', SOWN + name, value)
     return out
 
-  return record, seen
+  return record, recorded
 
 
 def branch_moments(
-  model: nn.Module, variables: Mapping[str, Any], images: jax.Array, **options
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  images: jax.Array,
+  **options: Any,
 ) -> jax.Array:
-  """Second moments of the skip path and of the branch of every block.
+  """Computes the second moments of both paths of every block.
 
   Args:
-    model: whose blocks end in `Join`, called once each, scanned or not.
-    variables, images: as `model.apply` takes them.
-    **options: more of its arguments.
+    model: its blocks, scanned or not, each end in one call of a `Join`.
+    variables, images: as for `model.apply`.
+    **options: its other arguments.
 
   Returns:
     float32 (blocks, 2), skip and branch, in the order of `block_names`; (0, 2)
     for a network without skip paths. The branch's share is the second over the
     sum of both, see `analysis.capture`.
   """
-  record, seen = recorder()
+  record, recorded = recorder()
   mutable = ['intermediates', *(name for name in variables if name != 'params')]
   with nn.intercept_methods(record):
     _, new = model.apply(variables, images, mutable=mutable, **options)
-  found = []
-  for path in in_order(seen):
-    sown = new['intermediates']
-    for part in path.split('/'):
-      sown = sown[part]
+  sown: dict[str, Any] = flatten_dict(new.get('intermediates', {}), sep='/')
 
-    def second(of: str, sown: Mapping[str, Any] = sown) -> jax.Array:
-      (variance,), (square,) = (
-        sown[f'{SOWN}{of}_{name}'] for name in ('variance', 'squared_mean')
-      )
-      return jnp.ravel(variance + square)
+  def second_moment(path: str, of: str) -> jax.Array:
+    (variance,) = sown[f'{path}/{SOWN}{of}_variance']
+    (squared_mean,) = sown[f'{path}/{SOWN}{of}_squared_mean']
+    return jnp.ravel(variance + squared_mean)
 
-    found.append(jnp.stack([second('skip'), second('branch')], axis=-1))
-  return jnp.concatenate(found) if found else jnp.zeros((0, 2))
+  rows = [
+    jnp.stack([second_moment(path, of) for of in ('skip', 'branch')], axis=-1)
+    for path in in_order(recorded)
+  ]
+  return jnp.concatenate(rows) if rows else jnp.zeros((0, 2))
 
 
 def _wanted(module: nn.Module, path: str, pattern: str | None) -> bool:
@@ -95,21 +105,22 @@ def _wanted(module: nn.Module, path: str, pattern: str | None) -> bool:
 
 def _moments(x: jax.Array) -> dict[str, jax.Array]:
   """Mean variance of the channels, and mean square of their means; both ()."""
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  over = tuple(range(x.ndim - 1))
+  x = widen(x)
+  axes = tuple(range(x.ndim - 1))
   return {
-    'variance': x.var(over).mean(),
-    'squared_mean': jnp.square(x.mean(over)).mean(),
+    'variance': x.var(axes).mean(),
+    'squared_mean': jnp.square(x.mean(axes)).mean(),
   }
 
 
-def _of_join(
-  module: Join, skip: jax.Array, branch: jax.Array
+def _join_moments(
+  join: nn.Module, skip: jax.Array, branch: jax.Array
 ) -> dict[str, jax.Array]:
   values = {f'skip_{name}': v for name, v in _moments(skip).items()}
   values |= {f'branch_{name}': v for name, v in _moments(branch).items()}
-  # Of the block that the join is in: a folded scalar lies in the last layer.
-  block = module.parent.variables.get('params', {}) if module.parent else {}
+  # A folded scalar is in the last layer of the block that the join ends.
+  parent: Any = join.parent
+  block = parent.variables.get('params', {}) if parent else {}
   scalars = [
     layer['alpha']
     for layer in block.values()

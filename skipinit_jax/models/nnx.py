@@ -1,11 +1,12 @@
 """SkipInit as native NNX modules; networks go through `flax.nnx.bridge`.
 
 `nnx.bridge.ToNNX(WideResNet(...), rngs=nnx.Rngs(0)).lazy_init(images,
-train=False)` makes an NNX module of a whole network. Import this module by its
-name; `import skipinit_jax` doesn't.
+train=False)` makes an NNX module of a whole network. Import this module by
+name, as `import skipinit_jax` doesn't.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,16 @@ from skipinit_jax.models.precision import widen
 class SkipInit(nnx.Module):
   """Scales a residual branch by one learnable scalar (De & Smith 2020, sec. 4).
 
-  The NNX form of `skipinit_jax.SkipInit`. Where the branch ends in a linear
-  layer or a convolution, `SkipInitLinear` and `SkipInitConv` compute the same
-  thing without keeping the branch's output for the gradient of the scalar.
+  The NNX form of `skipinit_jax.SkipInit`. If the branch ends in a linear layer
+  or a convolution, `SkipInitLinear` and `SkipInitConv` compute the same
+  function without keeping the branch's output for the gradient of the scalar.
 
   Args:
-    init_value: alpha at first; 0 or at most 1/sqrt(number of blocks).
+    init_value: alpha at initialization; 0 or at most 1/sqrt(number of blocks).
     param_dtype: dtype of alpha, an `nnx.Param` of shape ().
+
+  Raises:
+    InputError: an `init_value` that is no number, or a branch of integers.
 
   >>> scale = SkipInit(0.5)
   >>> float(scale(jnp.ones(3)).sum())
@@ -46,28 +50,32 @@ class SkipInit(nnx.Module):
 
 
 class _Folded:
-  """A layer whose kernel and bias are read through a scalar `alpha`.
+  """A layer whose kernel and bias are multiplied by a scalar `alpha`.
 
   NNX's layers pass (inputs, kernel, bias) to `promote_dtype` before they
-  compute: the place to multiply in `param_dtype`, as `skipinit.py` does, and to
-  leave the bias in float32 or wider, as `precision.py` does.
+  compute. There they are multiplied in `param_dtype`, as in `skipinit.py`, and
+  the bias stays in float32 or wider, as in `precision.py`.
   """
 
-  def __init__(self, *args, init_value: float = 0.0, **kwargs):
+  dtype: Dtype | None
+  param_dtype: Dtype
+
+  def __init__(self, *args: Any, init_value: float = 0.0, **kwargs: Any):
     check_scalar('init_value', init_value)
     super().__init__(*args, **kwargs)
     self.alpha = nnx.Param(jnp.asarray(init_value, self.param_dtype))
 
   def __call__(self, inputs: jax.Array) -> jax.Array:
-    """The scaled layer of `inputs`, of its compute dtype."""
+    """Returns alpha times the layer's output, in its compute dtype."""
     dtype = self.dtype or jnp.result_type(inputs, self.param_dtype)
-    return super().__call__(inputs).astype(dtype)
+    layer: Any = super()
+    return layer.__call__(inputs).astype(dtype)
 
   @property
-  def promote_dtype(self) -> Callable:
-    """The layer's own, of the inputs, alpha * kernel and alpha * bias."""
+  def promote_dtype(self) -> Callable[..., Any]:
+    """The layer's function, applied to inputs, alpha * kernel, alpha * bias."""
 
-    def promote(arrays, **kwargs):
+    def promote(arrays: tuple[Any, ...], **kwargs: Any) -> tuple[Any, ...]:
       inputs, *params = arrays
       alpha = self.alpha[...]
       kernel, bias = (None if p is None else alpha * p for p in params)
@@ -78,12 +86,12 @@ class _Folded:
     return promote
 
   @promote_dtype.setter
-  def promote_dtype(self, function: Callable) -> None:
+  def promote_dtype(self, function: Callable[..., Any]) -> None:
     self._promote_dtype = function
 
 
 class SkipInitLinear(_Folded, nnx.Linear):
-  """`nnx.Linear` times a learnable scalar: what a residual branch ends in.
+  """`nnx.Linear` times a learnable scalar: the best end of a residual branch.
 
   Equal to `SkipInit(init_value)(nnx.Linear(...)(x))` in function and gradients,
   with the scalar folded into the kernel and the bias. Takes every argument of

@@ -1,4 +1,4 @@
-"""Batch normalization over a stated group of images."""
+"""Batch normalization over groups of a given number of images."""
 
 import functools
 
@@ -12,19 +12,19 @@ from skipinit_jax.models.checks import check_whole
 
 
 class BatchNorm(nn.Module):
-  """Batch normalization whose statistics group is a number of images.
+  """Batch normalization with statistics over a given number of examples.
 
-  Flax's own layer always takes the whole batch that a device holds. Here a
-  smaller group may be named ("ghost batches"), and the statistics are averaged
-  over `axis_name` where they should span all devices.
+  Flax's layer always uses the whole batch of a device. Here statistics may be
+  those of smaller groups ("ghost batches", Hoffer et al. 2017), or be averaged
+  over devices (Ioffe & Szegedy 2015 for the layer).
 
   Attributes:
-    group: images that share their statistics; None: all that this call sees.
-      It must divide their number.
-    axis_name: mapped axis to average the statistics over, or None.
+    group: consecutive examples that share statistics, a divisor of the batch;
+      None: the whole batch of this call.
+    axis_name: mapped axis over which to average the statistics, or None.
     momentum: of the running averages used at evaluation.
     epsilon: added to the variance.
-    dtype: of the result; the statistics are always float32.
+    dtype: of the result; None: that of the input. Statistics are float32.
     param_dtype: of `scale` and `bias`, shape (channels,).
   """
 
@@ -37,10 +37,17 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """Normalizes x: (batch, height, width, channels).
+    """Normalizes every channel.
+
+    Args:
+      x: (batch, ..., channels), floating.
+      train: use the statistics of the batch, and update the running averages.
+
+    Returns:
+      An array like `x`, of `dtype`.
 
     Raises:
-      InputError: a `group` that does not divide the batch, or no images.
+      InputError: a `group` that does not divide the batch, or an empty batch.
     """
     if self.group is not None:
       check_whole('group', self.group)
@@ -76,15 +83,16 @@ class BatchNorm(nn.Module):
       mean, var = running_mean.value[None], running_var.value[None]
     factor = jax.lax.rsqrt(var + self.epsilon) * scale[None]
     shift = bias[None] - mean * factor
-    factor, shift = (v[:, None, None, None] for v in (factor, shift))
-    y = groups * factor + shift
+    shape = (len(groups), *(1,) * (x.ndim - 1), channels)
+    y = groups * factor.reshape(shape) + shift.reshape(shape)
     return y.reshape(x.shape).astype(self.dtype or x.dtype)
 
   def _statistics(self, groups: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance per group and channel, shape (groups, channels)."""
+    """Returns mean and variance, float32 (groups, channels) each."""
     values = groups.astype(jnp.float32)
-    mean = values.mean((1, 2, 3))
-    square = jnp.square(values).mean((1, 2, 3))
+    axes = tuple(range(1, groups.ndim - 1))
+    mean = values.mean(axes)
+    square = jnp.square(values).mean(axes)
     if self.axis_name is not None and not self.is_initializing():
       mean, square = jax.lax.pmean((mean, square), self.axis_name)
     return mean, jnp.maximum(square - jnp.square(mean), 0.0)

@@ -1,4 +1,4 @@
-"""Which parameters decay, and which have a rate of their own, by leaf name."""
+"""Parameters by leaf name: labels, decay, scalars, norms and counts."""
 
 import collections
 import re
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.models.stages import STACKED
 
-# Leaf name -> what it is. Total for every network of this package.
+# Leaf name -> its meaning. Covers every network of this package.
 LEAVES = {
   'kernel': 'kernels of convolutions and dense layers',
   'bias': 'bias vectors, those of batch normalization included',
@@ -23,20 +23,20 @@ LEAVES = {
 
 
 def param_labels(params: Any, *, other: str | None = None) -> Any:
-  """The leaf name of every parameter, a key of `LEAVES`.
+  """Labels every parameter with its leaf name, a key of `LEAVES`.
 
   Args:
-    params: nested dicts of arrays, or any tree: a field of a NamedTuple or of a
-      `flax.struct` is a leaf name too, and so is that of an NNX variable in the
-      state of a module.
-    other: 'decay' or 'no_decay', the label of leaves that `LEAVES` lacks; None
-      makes them an error.
+    params: nested dicts of arrays, or any tree: fields of a NamedTuple or of a
+      `flax.struct`, and NNX variables in the state of a module, have leaf names
+      too.
+    other: 'decay' or 'no_decay', the label of leaves that are not in `LEAVES`;
+      None makes them an error.
 
   Returns:
     A tree of str like `params`.
 
   Raises:
-    InputError: an unknown leaf and no `other`; names the leaf.
+    InputError: an unknown leaf name without `other`, or another `other`.
 
   >>> param_labels({'block1': {'conv2': {'alpha': 0, 'kernel': 0}}})
   {'block1': {'conv2': {'alpha': 'alpha', 'kernel': 'kernel'}}}
@@ -52,7 +52,7 @@ def param_labels(params: Any, *, other: str | None = None) -> Any:
       raise InputError(
         f'parameter {"/".join(names)!r} has the unknown leaf name {leaf!r}; '
         f'known are {", ".join(LEAVES)}; '
-        "other='decay' or other='no_decay' settles it"
+        "other='decay' or other='no_decay' labels it"
       )
     return other
 
@@ -61,12 +61,12 @@ def param_labels(params: Any, *, other: str | None = None) -> Any:
 
 
 def named_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-  """The leaves of a tree, each with the names on the way to it.
+  """The leaves of a tree, each with the names on its path.
 
-  NNX keeps an array as the value of a variable, which has the name: that step
-  is left out.
+  NNX keeps an array as the value of a variable. The variable has the name, so
+  the step to its value is omitted.
   """
-  found = []
+  found: list[tuple[tuple[str, ...], Any]] = []
   for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nnx):
     for inside, leaf in jax.tree_util.tree_leaves_with_path(node):
       keys = (*path, *inside[1:])
@@ -76,7 +76,7 @@ def named_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def _is_nnx(node: Any) -> bool:
-  """Whether an NNX variable; there is none before NNX, slow to import, is."""
+  """Whether `node` is an NNX variable; doesn't import NNX, which is slow."""
   nnx = sys.modules.get('flax.nnx')
   return nnx is not None and isinstance(node, nnx.Variable)
 
@@ -91,39 +91,39 @@ def decay_mask(
 
   Args:
     params: nested dicts of arrays.
-    decay: leaf names that decay, keys of `LEAVES`. Kernels by default: De &
-      Smith 2020 leave this open, and a decayed scalar is pulled back to the
-      identity.
+    decay: leaf names that decay, keys of `LEAVES`. Only kernels by default, as
+      decay would pull the scalars back to 0; De & Smith 2020 leave this open.
     other: see `param_labels`.
 
   Returns:
     A tree of bool like `params`, for `optax.add_decayed_weights(l2, mask)`.
+
+  Raises:
+    InputError: an unknown leaf name in `decay`; see also `param_labels`.
   """
   for name in decay:
     if name not in LEAVES:
       raise InputError(unknown('leaf name in decay', name, LEAVES))
   decays = {*decay, 'decay'}
-  return jax.tree.map(
-    lambda label: label in decays, param_labels(params, other=other)
-  )
+  return jax.tree.map(decays.__contains__, param_labels(params, other=other))
 
 
 def alphas(params: Any) -> dict[str, jax.Array]:
-  """The scalars of all residual branches, from the input to the output.
+  """Finds the scalars of all residual branches, from input to output.
 
   Args:
     params: of a network whose blocks are numbered, or stacked for a scan; see
       `param_labels`.
 
   Returns:
-    Block -> its alpha, shape (), as in 'stage1/block2'. Where a block has
-    several, each goes by its layer, as in 'stage1/block2/out'.
+    Block -> its alpha, shape (), under names like 'stage1/block2'. A block with
+    several scalars has one name for each layer, like 'stage1/block2/out'.
 
   >>> block = {'out': {'alpha': 1}, 'mlp2': {'alpha': 2}}
   >>> alphas({'block1': block, 'block2': {'conv2': {'alpha': 3}}})
   {'block1/mlp2': 2, 'block1/out': 1, 'block2': 3}
   """
-  layers = {}
+  layers: dict[tuple[str, ...], jax.Array] = {}
   for names, leaf in named_leaves(params):
     path = names[:-1]
     if names[-1:] != ('alpha',):
@@ -135,7 +135,7 @@ def alphas(params: Any) -> dict[str, jax.Array]:
       numbered = (f'block{i + 2}' if n == STACKED else n for n in path)
       layers[tuple(numbered)] = leaf[i]
   blocks = collections.Counter(path[:-1] for path in layers)
-  found = {}
+  found: dict[str, jax.Array] = {}
   for path, leaf in layers.items():
     block = path[:-1]
     alone = block and blocks[block] == 1 and block not in layers
@@ -144,8 +144,8 @@ def alphas(params: Any) -> dict[str, jax.Array]:
 
 
 def block_names(params: Any) -> list[str]:
-  """The blocks of a network, from the input to the output: 'stage1/block2'."""
-  names = []
+  """Names the blocks of a network from input to output, as 'stage1/block2'."""
+  names: list[str] = []
   for block, leaves in _by_block(params).items():
     if block.endswith(f'/{STACKED}'):
       stage, count = block.removesuffix(STACKED), leaves[0].shape[0]
@@ -156,24 +156,25 @@ def block_names(params: Any) -> list[str]:
 
 
 def block_norms(grads: Any) -> jax.Array:
-  """The norm of every block's part of a gradient, (blocks,).
+  """Computes the norm of a gradient for every block.
 
   Args:
-    grads: like the parameters of a network, its blocks numbered or stacked; in
-      the order of `block_names`.
+    grads: a tree like the parameters of a network, blocks numbered or stacked.
+
+  Returns:
+    (blocks,), in the order of `block_names`.
   """
-  squares = []
+  squares: list[jax.Array] = []
   for block, leaves in _by_block(grads).items():
     stacked = block.endswith(f'/{STACKED}')
     rows = leaves[0].shape[0] if stacked else 1
-    squares.append(
-      sum(jnp.square(leaf).reshape(rows, -1).sum(1) for leaf in leaves)
-    )
+    sums = [jnp.square(leaf).reshape(rows, -1).sum(1) for leaf in leaves]
+    squares.append(sum(sums[1:], start=sums[0]))
   return jnp.sqrt(jnp.concatenate(squares)) if squares else jnp.zeros(0)
 
 
 def _by_block(tree: Any) -> dict[str, list[jax.Array]]:
-  """The leaves of every block, or of all stacked ones of a stage, in order."""
+  """The leaves of every block, or of a stage's stacked blocks, in order."""
   found: dict[str, list[jax.Array]] = {}
   for path, leaf in named_leaves(tree):
     names = '/'.join(path)
@@ -183,7 +184,7 @@ def _by_block(tree: Any) -> dict[str, list[jax.Array]]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-  """Sorted by the numbers in them: block2 before block10."""
+  """Sorts names by the numbers in them: block2 before block10."""
 
   def order(name: str) -> list[Any]:
     return [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', name)]
@@ -192,7 +193,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def count_parameters(params: Any) -> dict[str, tuple[int, int]]:
-  """Number of arrays and of their elements for every leaf name, as found."""
+  """Counts the arrays and their elements for every leaf name."""
   counts: dict[str, tuple[int, int]] = {}
   labels = jax.tree.leaves(param_labels(params, other='no_decay'))
   for label, leaf in zip(labels, jax.tree.leaves(params), strict=True):

@@ -2,17 +2,18 @@
 
 import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from skipinit_jax.errors import InputError, kind, shown
+from skipinit_jax.errors import InputError, shown
 from skipinit_jax.models.activations import relu
 from skipinit_jax.models.blocks import FixupBlock, ResidualBlock
-from skipinit_jax.models.checks import check_whole, is_whole
+from skipinit_jax.models.checks import check_inputs, check_whole, is_whole
 from skipinit_jax.models.layers import make_layers
 from skipinit_jax.models.looks_linear import kernel_initializer
 from skipinit_jax.models.methods import (
@@ -21,6 +22,7 @@ from skipinit_jax.models.methods import (
   he_normal,
   resolve_method,
 )
+from skipinit_jax.models.precision import widen
 from skipinit_jax.models.stages import Stage
 
 KERNEL_SIZES = {False: (3, 3), True: (1, 3, 1)}
@@ -30,40 +32,40 @@ class ResNet(nn.Module):
   """A residual network without (or with) batch normalization.
 
   With `fixup` the blocks are its authors' post-activation blocks; with every
-  other method they are the pre-activation blocks of ResNet V2. Call it as
-  `model.apply(variables, images, train=True, rngs={'dropout': key})`.
+  other method they are the pre-activation blocks of ResNet V2 (He et al. 2016).
+  Call `model.apply(variables, images, train=True, rngs={'dropout': key})`.
 
   Attributes:
     stage_sizes: residual blocks in each stage; every stage after the first
       halves the image and doubles the channels.
     bottleneck: branches of 1x1, 3x3, 1x1 convolutions with four times the
-      channels at the end, in place of two 3x3 convolutions.
+      channels at the end, instead of two 3x3 convolutions.
     num_classes: of the classifier; None returns the pooled features.
     method: a name in `METHODS`, or a `Method`.
     alpha: initial value of the scalar, a number or '1/sqrt(d)' for d residual
       blocks; None: the method's own.
-    biases: bias vectors on every convolution but the stem.
+    biases: bias vectors on every convolution except the stem.
     dropout: rate of Dropout on the pooled features, before Fixup's last bias.
-    classifier_init: of the classifier's kernel; None: zero where the method
-      starts it at zero, else that of `kernel_init`.
+    classifier_init: of the classifier's kernel; None: zeros if the method has
+      `zero_classifier`, otherwise as in `kernel_init`.
     features: channels of the first stage's 3x3 convolutions.
     stem_features: channels of the stem.
-    small_images: a 3x3 stem, and Fixup's CIFAR shortcuts, in place of a 7x7
-      stem of stride 2 with a max-pool.
+    small_images: a 3x3 stem, and Fixup's CIFAR shortcuts, instead of a 7x7 stem
+      of stride 2 with a max-pool.
     activation: of the pre-activation blocks, 'relu', or 'crelu': concatenated
-      ReLU, which doubles the inputs of the layer that follows.
-    kernel_init: 'he' as the method says it, 'orthogonal', or 'looks_linear' for
+      ReLU, which doubles the inputs of the next layer.
+    kernel_init: 'he' with the method's fan, 'orthogonal', or 'looks_linear' for
       'crelu'; see `looks_linear`.
     skip: False: a feed-forward network of the same layers, without skip paths.
-    symmetric_padding: pad strided layers alike on both sides, as PyTorch does;
-      'SAME' pads images of even size by one less at the top and left.
-    scan: equal blocks of a stage as one scanned block; see `stages`.
+    symmetric_padding: pad strided layers equally on both sides, as PyTorch
+      does; 'SAME' pads even sizes by one less at the top and left.
+    scan: run the equal blocks of a stage as one scanned block; see `stages`.
     remat: recompute blocks in the backward pass; see `stages`.
     statistics_group: images that share batch statistics; None: the whole batch
-      of one call. Only read where the method normalizes.
+      of one call. Only for methods that normalize.
     axis_name: mapped axis over which to average batch statistics, or None.
     dtype: of the computation; None: that of images and parameters. The
-      pooled features and the logits are float32 at least.
+      pooled features and the logits are at least float32.
     param_dtype: of the parameters.
   """
 
@@ -107,9 +109,9 @@ class ResNet(nn.Module):
     Args:
       images: (batch, height, width, channels), floating, normalized.
       train: use batch statistics and Dropout.
-      first_example: index of images[0] in the batch that these images were cut
-        from. Dropout draws its masks by example, so that cutting a batch over
-        devices or into micro-batches changes nothing.
+      first_example: index of images[0] in the whole batch. Dropout draws its
+        masks by example, so splitting a batch over devices or into
+        micro-batches changes nothing.
 
     Returns:
       Logits (batch, num_classes), or features (batch, channels) if num_classes
@@ -117,11 +119,11 @@ class ResNet(nn.Module):
 
     Raises:
       InputError: images of another rank or dtype or without pixels, an unknown
-        method or dtype, sizes that can't be, parameters of a scanned network in
-        an unrolled one or the reverse, or choices that don't go together:
-        'crelu' or no skip paths with fixup's blocks; 'looks_linear' without
-        'crelu'; no skip paths where the branches start at zero; an alpha of 0
-        where the last kernels start at zero too.
+        method or dtype, impossible sizes, parameters of a scanned network in an
+        unrolled one or the reverse, or choices that exclude each other: 'crelu'
+        or no skip paths with Fixup's blocks; 'looks_linear' without 'crelu'; no
+        skip paths where the branches start at zero; an alpha of 0 where the
+        last kernels start at zero too.
     """
     self._check(images)
     method = resolve_method(self.method, self.alpha)
@@ -140,10 +142,9 @@ class ResNet(nn.Module):
       skip=self.skip,
       symmetric_padding=self.symmetric_padding,
     )
+    block: Callable[..., nn.Module] = ResidualBlock
     if method.fixup_block:
       block = functools.partial(FixupBlock, pooled_shortcut=self.small_images)
-    else:
-      block = ResidualBlock
 
     size, strides = (3, 1) if self.small_images else (7, 2)
     x = layers.stem_conv(
@@ -152,7 +153,9 @@ class ResNet(nn.Module):
     if method.fixup_block:
       x = relu(layers.scalar_bias('bias1')(x))
     if not self.small_images:
-      padding = ((1, 1), (1, 1)) if self.symmetric_padding else 'SAME'
+      padding: Any = 'SAME'
+      if self.symmetric_padding:
+        padding = ((1, 1), (1, 1))
       x = nn.max_pool(x, (3, 3), (2, 2), padding)
 
     for i, stage_size in enumerate(self.stage_sizes):
@@ -171,7 +174,7 @@ class ResNet(nn.Module):
 
     if not method.fixup_block:
       x = layers.activation(layers.norm('norm')(x, train=train))
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+    x = widen(x).mean((1, 2))
     if self.num_classes is not None and train and self.dropout > 0:
       x = drop_by_example(
         self.make_rng('dropout'), x, self.dropout, first_example
@@ -193,15 +196,7 @@ class ResNet(nn.Module):
     )(x)
 
   def _check(self, images: jax.Array) -> None:
-    if (
-      getattr(images, 'ndim', 0) != 4
-      or not jnp.issubdtype(images.dtype, jnp.floating)
-      or 0 in images.shape
-    ):
-      raise InputError(
-        'images must be floating and of shape (batch, height, width, '
-        f'channels), no axis empty, got {kind(images)}'
-      )
+    check_inputs('images', images, '(batch, height, width, channels)', rank=4)
     sizes = self.stage_sizes
     whole = isinstance(sizes, Sequence) and all(map(is_whole, sizes))
     if not whole or not sizes:
@@ -227,16 +222,20 @@ class ResNet(nn.Module):
 def drop_by_example(
   key: jax.Array, x: jax.Array, rate: float, first_example: jax.Array | int
 ) -> jax.Array:
-  """Dropout whose mask of example i depends on `key` and i alone.
+  """Dropout whose mask for example i depends on `key` and i alone.
 
   Args:
     key: scalar PRNG key.
     x: (batch, features).
-    rate: share of features set to zero; the others are scaled up by 1/(1-rate).
+    rate: share of features set to zero; the others are multiplied by
+      1/(1-rate).
     first_example: the index i of x[0].
+
+  Returns:
+    (batch, features), of the dtype of `x`.
   """
 
-  def keep(i):
+  def keep(i: jax.Array) -> jax.Array:
     key_i = jax.random.fold_in(key, i)
     return jax.random.bernoulli(key_i, 1 - rate, x.shape[1:])
 
@@ -245,30 +244,30 @@ def drop_by_example(
 
 
 def WideResNet(
-  depth: int = 16, width: int = 4, num_classes: int | None = 10, **fields
+  depth: int = 16, width: int = 4, num_classes: int | None = 10, **fields: Any
 ) -> ResNet:
   """The n-k Wide-ResNet of depth 6n+4 (Zagoruyko & Komodakis 2016).
 
   Three stages of (depth - 4) / 6 blocks with 16 k, 32 k and 64 k channels after
-  a 3x3 stem of 16, for images of 8x8 and more.
+  a 3x3 stem of 16, for images of at least 8x8.
 
   Args:
     depth: 6n + 4 for n >= 1: 16, 28, 40, 100, 1000, ...
     width: k, the factor on the channels.
-    num_classes: of the classifier; None: no classifier.
+    num_classes: of the classifier; None returns the pooled features.
     **fields: of `ResNet`, such as method='skipinit'.
 
   >>> WideResNet(depth=100, width=2).num_blocks
   48
 
   Raises:
-    InputError: a depth that is not 6n + 4, or a width that is no whole number
-      of 1 or more.
+    InputError: a depth that is not 6n + 4, or a width that is not a whole
+      number, 1 or more.
   """
   if not isinstance(depth, numbers.Integral):
     raise InputError(
-      f'depth={shown(depth)} of a Wide-ResNet must be a whole number 6n+4, as '
-      '16, 28 or 40'
+      f'depth={shown(depth)} of a Wide-ResNet must be a whole number 6n+4, '
+      'such as 16, 28 or 40'
     )
   if depth < 10 or depth % 6 != 4:
     below = max(10, (depth - 4) // 6 * 6 + 4)
@@ -287,13 +286,13 @@ def WideResNet(
   )
 
 
-def _of_table(
+def _fixed_size(
   stage_sizes: tuple[int, ...],
   bottleneck: bool,
   num_classes: int | None = 1000,
-  **fields,
+  **fields: Any,
 ) -> ResNet:
-  """A `ResNet` of fixed size, whose one positional argument is `num_classes`.
+  """A `ResNet` of a fixed size, so that `num_classes` is the first argument.
 
   >>> ResNet18(10) == ResNet18(num_classes=10)
   True
@@ -302,12 +301,12 @@ def _of_table(
 
 
 # He et al. 2016, table 1; ResNet-200 as in the pre-activation paper.
-ResNet18 = functools.partial(_of_table, (2, 2, 2, 2), False)
-ResNet34 = functools.partial(_of_table, (3, 4, 6, 3), False)
-ResNet50 = functools.partial(_of_table, (3, 4, 6, 3), True)
-ResNet101 = functools.partial(_of_table, (3, 4, 23, 3), True)
-ResNet152 = functools.partial(_of_table, (3, 8, 36, 3), True)
-ResNet200 = functools.partial(_of_table, (3, 24, 36, 3), True)
+ResNet18 = functools.partial(_fixed_size, (2, 2, 2, 2), False)
+ResNet34 = functools.partial(_fixed_size, (3, 4, 6, 3), False)
+ResNet50 = functools.partial(_fixed_size, (3, 4, 6, 3), True)
+ResNet101 = functools.partial(_fixed_size, (3, 4, 23, 3), True)
+ResNet152 = functools.partial(_fixed_size, (3, 8, 36, 3), True)
+ResNet200 = functools.partial(_fixed_size, (3, 24, 36, 3), True)
 
 RESNETS = {
   18: ResNet18,

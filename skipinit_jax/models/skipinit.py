@@ -1,7 +1,10 @@
 """SkipInit: one learnable scalar at the end of every residual branch."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.typing import Dtype
 
 from skipinit_jax.errors import InputError
@@ -12,8 +15,8 @@ from skipinit_jax.models.precision import Conv, Dense, widen
 class SkipInit(nn.Module):
   """Scales a residual branch by one learnable scalar (De & Smith 2020, sec. 4).
 
-  Write `x + SkipInit()(branch)`. Where the branch ends in a convolution or a
-  dense layer, `SkipInitConv` and `SkipInitDense` compute the same thing without
+  Write `x + SkipInit()(branch)`. If the branch ends in a convolution or a dense
+  layer, `SkipInitConv` and `SkipInitDense` compute the same function without
   keeping the branch's output for the gradient of the scalar.
 
   Attributes:
@@ -45,7 +48,7 @@ class SkipInit(nn.Module):
 
 
 class _Folded(nn.Module):
-  """A layer whose kernel and bias are read through a scalar `alpha`.
+  """A layer whose kernel and bias are multiplied by a scalar `alpha`.
 
   alpha * (conv(x, K) + b) = conv(x, alpha K) + alpha b. The product is taken in
   `param_dtype`, before the layer casts to its compute dtype, and the gradient
@@ -54,9 +57,10 @@ class _Folded(nn.Module):
   """
 
   init_value: float = 0.0
+  param_dtype: Dtype = jnp.float32
 
   @nn.nowrap
-  def param(self, name, *args, **kwargs):
+  def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
     value = super().param(name, *args, **kwargs)
     if name == 'kernel':  # Flax's layers ask for the kernel first.
       check_scalar('init_value', self.init_value)
@@ -68,7 +72,7 @@ class _Folded(nn.Module):
 
 
 class SkipInitConv(_Folded, Conv):
-  """`nn.Conv` times a learnable scalar: what a residual branch should end in.
+  """`nn.Conv` times a learnable scalar: the best end of a residual branch.
 
   Equal to `SkipInit(init_value)(nn.Conv(...)(x))` in function and gradients,
   with the scalar folded into the kernel and the bias. Takes every argument of
@@ -96,10 +100,10 @@ class SkipInitDense(_Folded, Dense):
 
 
 class Join(nn.Module):
-  """The one place where a skip path and a residual branch meet.
+  """Adds a skip path and a residual branch: the end of every block here.
 
-  Every block of this package ends here, so that `nn.intercept_methods` sees
-  both paths of any network without a change to it.
+  As a module it lets `nn.intercept_methods` see both paths of any network of
+  this package.
 
   Attributes:
     gain: factor on the sum, 1/sqrt(2) for `divide_sqrt2`.
@@ -109,7 +113,11 @@ class Join(nn.Module):
 
   @nn.compact
   def __call__(self, skip: jax.Array, branch: jax.Array) -> jax.Array:
-    """Returns gain * (skip + branch); the two must agree in shape."""
+    """Returns gain * (skip + branch), both of one shape.
+
+    Raises:
+      InputError: two different shapes.
+    """
     if skip.shape != branch.shape:
       raise InputError(
         f'skip path {skip.shape} and residual branch {branch.shape} must have '

@@ -1,13 +1,14 @@
-"""A stage of residual blocks, unrolled or scanned, over one set of parameters.
+"""A stage of residual blocks, unrolled or scanned, with convertible parameters.
 
 Unrolled, a stage holds `block1` ... `blockN`. Scanned, it holds `block1`, which
-may change the shape, and `blocks`: the others, equal, with their leaves stacked
-along a new first axis. `stack_blocks` and `unstack_blocks` turn the one tree
-into the other without loss.
+may change the shape, and `blocks`: the others, all equal, with their leaves
+stacked along a new first axis. `stack_blocks` and `unstack_blocks` convert one
+tree into the other without loss.
 """
 
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,12 +17,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
 
 from skipinit_jax.errors import InputError
 
+Run = Callable[[nn.Module, jax.Array], jax.Array]
+
 STACKED = 'blocks'
-# Along which a scan stacks the leaves of its blocks.
-AXES = {'params': 0, 'batch_stats': 0, 'intermediates': 0}
+# Collection -> the axis along which a scan stacks the leaves of its blocks.
+AXES: dict[Any, Any] = {'params': 0, 'batch_stats': 0, 'intermediates': 0}
 
 
 class Stage(nn.Module):
@@ -31,13 +35,13 @@ class Stage(nn.Module):
     block: called as block(strides=..., name=...), makes a block.
     size: number of blocks.
     strides: of the first block.
-    scan: run the equal blocks as one scanned block: compile time and program
-      size no longer grow with the depth.
+    scan: run the equal blocks as one scanned block, so that compile time and
+      program size don't grow with the depth.
     remat: keep only the inputs of blocks (scanned: of groups of blocks, see
-      `group_size`) for the backward pass, and compute them again.
+      `group_size`) for the backward pass, and recompute the rest.
   """
 
-  block: Callable[..., nn.Module]
+  block: Callable[..., Any]
   size: int
   strides: int
   scan: bool = False
@@ -45,15 +49,26 @@ class Stage(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """x: (batch, height, width, channels)."""
+    """Maps (batch, ...) to (batch, ...) by all blocks in turn.
 
-    def run(block: nn.Module, x: jax.Array) -> jax.Array:
+    Raises:
+      InputError: parameters of a scanned stage in an unrolled one, or the
+        reverse.
+    """
+
+    def run(block: Any, x: jax.Array) -> jax.Array:
       return block(x, train=train)
+
+    def split(leaf: jax.Array) -> jax.Array:
+      return leaf.reshape(-1, size, *leaf.shape[1:])
+
+    def merge(leaf: jax.Array) -> jax.Array:
+      return leaf.reshape(-1, *leaf.shape[2:])
 
     scanned = self.scan and self.size > 1
     self._check_form(scanned)
-    again = functools.partial(nn.remat, prevent_cse=not scanned)
-    each = again(run) if self.remat else run
+    recomputed = functools.partial(nn.remat, prevent_cse=not scanned)
+    each: Run = recomputed(run) if self.remat else run
     x = each(self.block(strides=self.strides, name='block1'), x)
     if not scanned:
       for i in range(2, self.size + 1):
@@ -61,23 +76,18 @@ class Stage(nn.Module):
       return x
 
     blocks, length = self.block(strides=1, name=STACKED), self.size - 1
-    run = again(run, policy=keep)
+    run = recomputed(run, policy=keep_all_but_masks)
     if not self.remat or self.is_initializing():
-      return _repeat(run, length)(blocks, x)
+      return _scan(run, length)(blocks, x)
     size = group_size(length)
-    groups = _repeat(again(_repeat(run, size)), length // size)
-    cut = nn.map_variables(
-      groups,
+    groups = nn.map_variables(
+      _scan(recomputed(_scan(run, size)), length // size),
       list(AXES),
-      lambda tree: jax.tree.map(
-        lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), tree
-      ),
-      lambda tree: jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree
-      ),
+      functools.partial(jax.tree.map, split),
+      functools.partial(jax.tree.map, merge),
       mutable=True,
     )
-    return cut(blocks, x)
+    return groups(blocks, x)
 
   def _check_form(self, scanned: bool) -> None:
     other = 'block2' if scanned else STACKED
@@ -90,22 +100,24 @@ class Stage(nn.Module):
       )
 
 
-def _repeat(run: Callable, length: int) -> Callable:
-  """Scans run(block, x) over so many blocks, x going from one to the next."""
+def _scan(run: Run, length: int) -> Run:
+  """Scans run(block, x) over `length` blocks, each of which gets the last x."""
+
+  def step(block: nn.Module, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    return run(block, x), None
+
   scan = nn.scan(
-    lambda block, x, _: (run(block, x), None),
-    variable_axes=AXES,
-    split_rngs={'params': True},
-    length=length,
+    step, variable_axes=AXES, split_rngs={'params': True}, length=length
   )
   return lambda block, x: scan(block, x, None)[0]
 
 
 def group_size(length: int) -> int:
-  """Blocks recomputed together: the largest divisor up to the square root.
+  """How many blocks to recompute together: the largest divisor up to the root.
 
-  The backward pass then keeps length / size inputs of groups and what one
-  group needs, instead of `length` inputs, for the same one recomputation.
+  The backward pass then keeps length / size inputs of groups and the
+  activations of one group, instead of `length` inputs, for the same one
+  recomputation (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
 
   >>> group_size(1665)
   37
@@ -113,17 +125,17 @@ def group_size(length: int) -> int:
   return max(k for k in range(1, math.isqrt(length) + 1) if length % k == 0)
 
 
-def keep(primitive: jax.extend.core.Primitive, *_, **__) -> bool:
-  """What a scanned block keeps for its backward pass: all but comparisons.
+def keep_all_but_masks(primitive: Primitive, *_: Any, **__: Any) -> bool:
+  """The policy of a scanned block's backward pass: keep all but comparisons.
 
-  ReLU's mask is made again from its output. A scan keeps whatever its body
-  hands on, the masks too: a third of the memory.
+  ReLU's mask is recomputed from its output. Without a policy a scan keeps the
+  masks too, a third of the memory.
   """
   return primitive is not jax.lax.gt_p
 
 
 def unstack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """The unrolled network's tree from the scanned one's.
+  """Converts a scanned network's tree to the unrolled one's.
 
   Args:
     tree: nested dicts of arrays: parameters, statistics, or an optimizer state
@@ -132,12 +144,11 @@ def unstack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
   Returns:
     The same with each `blocks`, leaves (n, ...), as `block2` ... `block{n+1}`.
   """
-  out = {}
+  out: dict[str, Any] = {}
   for name, value in tree.items():
     if name == STACKED:
-      length = jax.tree.leaves(value)[0].shape[0]
-      for i in range(length):
-        out[f'block{i + 2}'] = jax.tree.map(lambda x, i=i: x[i], value)
+      for i in range(len(jax.tree.leaves(value)[0])):
+        out[f'block{i + 2}'] = jax.tree.map(operator.itemgetter(i), value)
     else:
       is_tree = isinstance(value, Mapping)
       out[name] = unstack_blocks(value) if is_tree else value
@@ -145,9 +156,10 @@ def unstack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """The scanned network's tree from the unrolled one's; see `unstack_blocks`.
+  """Converts an unrolled network's tree to the scanned one's.
 
-  Blocks from the second on must have equal shapes, as in every stage here.
+  The inverse of `unstack_blocks`. All blocks of a stage from the second on must
+  have equal shapes.
   """
   numbers = sorted(
     int(m[1]) for name in tree if (m := re.fullmatch(r'block(\d+)', name))
@@ -163,6 +175,6 @@ def stack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
   return out
 
 
-def _stack(*leaves):
+def _stack(*leaves: Any) -> Any:
   module = np if isinstance(leaves[0], np.ndarray) else jnp
   return module.stack(leaves)
