@@ -4,16 +4,12 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from skipinit_jax import published
 from skipinit_jax.models.parameters import count_parameters
 from skipinit_jax.training.network import build_method
 from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.program import Program
 from skipinit_jax.training.step import TrainState
 from skipinit_jax.training.timetable import Timetable
-from skipinit_jax.variants import VARIANTS
-
-LARGE_BATCH = 2048
 
 
 def loops(config: ConfigDict) -> list[str]:
@@ -72,8 +68,6 @@ def describe(
     )
   if method.normalize:
     lines.append(f'batch statistics over: {_group(config)}')
-  elif config.batch_size >= LARGE_BATCH:
-    lines.append(_large_batch_warning(config))
   return '\n'.join(lines)
 
 
@@ -91,14 +85,3 @@ def _group(config: ConfigDict) -> str:
   share = config.batch_size // jax.device_count()
   images = {'device': share, 'all': config.batch_size}.get(group, group)
   return f'{images} images ({group})' if group.isalpha() else f'{group} images'
-
-
-def _large_batch_warning(config: ConfigDict) -> str:
-  losses = ', '.join(
-    f'{VARIANTS[row].label} {points[256].value} -> {points[4096].value}'
-    for row, points in published.IMAGENET.items()
-  )
-  return (
-    f'note: batches of {config.batch_size} without normalization. Top-1 % on '
-    f'ImageNet from batch 256 to 4096 (De & Smith 2020, table 3): {losses}'
-  )

@@ -1,4 +1,4 @@
-"""Recipes: found by name, loaded, and their fields changed."""
+"""Recipes: finding, loading and changing them."""
 
 import ast
 import inspect
@@ -17,14 +17,14 @@ from skipinit_jax.training.checks import check_types
 
 
 def recipe_path(name: str) -> str:
-  """The file of a recipe: a bundled one by its name, or a path of one's own.
+  """The file of a bundled recipe, by its name, or of any other, by its path.
 
-  Names come first: a file `digits` in the current folder is not the recipe
-  'digits', but './digits' and 'digits.py' are files where they exist.
+  Names come first: the recipe 'digits' is never a file `digits` in the current
+  folder, but './digits' and 'digits.py' are files if they exist.
 
   Args:
-    name: 'digits', 'configs/digits.py', or a path; what follows a colon is
-      get_config's argument and stays as it is.
+    name: 'digits', 'configs/digits.py', or a path; a colon and get_config's
+      argument may follow, and are kept.
 
   Raises:
     InputError: neither a recipe nor a file.
@@ -50,19 +50,22 @@ def _is_file(name: str) -> bool:
     if path.is_dir():
       raise InputError(f'recipe {name!r} is a folder; expected a file')
     return path.is_file()
-  except OSError:  # A name that no file can have.
+  except OSError:  # No file can have such a name.
     return False
 
 
 def load_recipe(name: str) -> ConfigDict:
-  """The config of a recipe, by name or path, with get_config's argument.
+  """The config of a recipe.
+
+  Args:
+    name: see `recipe_path`.
 
   Raises:
-    InputError: there is no such recipe, or it gives no config; one line.
+    InputError: there is no such recipe, or it returns no config; one line.
   """
   file, colon, argument = recipe_path(name).partition(':')
   try:
-    with warnings.catch_warnings():  # Of its syntax.
+    with warnings.catch_warnings():  # About its syntax.
       warnings.simplefilter('ignore')
       get_config = runpy.run_path(file).get('get_config')
     if not callable(get_config):
@@ -70,8 +73,8 @@ def load_recipe(name: str) -> ConfigDict:
     taken = inspect.signature(get_config).parameters
     if colon and not taken:
       raise InputError(
-        f'recipe {name!r}: {argument!r} is too much, as this recipe takes no '
-        'argument after the colon'
+        f'recipe {name!r}: expected no argument after the colon, as this '
+        'recipe takes none'
       )
     config = get_config(argument) if colon else get_config()
   except InputError:
@@ -91,7 +94,7 @@ def load_recipe(name: str) -> ConfigDict:
 
 
 def _reason(error: BaseException, file: str) -> str:
-  """What a recipe raised, with the line in it."""
+  """The error that a recipe raised, and at which of its lines."""
   lines = [
     frame.lineno
     for frame in traceback.extract_tb(error.__traceback__)
@@ -122,11 +125,11 @@ def set_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
 def parse_fields(
   config: ConfigDict, texts: Iterable[tuple[str, str]]
 ) -> dict[str, Any]:
-  """Values of fields that are given as text, typed as the config's.
+  """Converts the values of fields from text to the types of the config.
 
   Args:
     config: a recipe.
-    texts: dotted names, and what is given for each.
+    texts: dotted names, and the text for each.
 
   Raises:
     InputError: an unknown field, or a value of another type.
@@ -139,7 +142,7 @@ def parse_fields(
 
 
 def _field(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
-  """The part of a config that a dotted name leads to, and the last name."""
+  """The part of a config that holds a field, and the field's name in it."""
   *path, last = name.split('.')
   part = config
   for step in path:
