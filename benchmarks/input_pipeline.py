@@ -71,17 +71,21 @@ def write_data(folder: Path) -> float:
 def ours(folder: Path, workers: int) -> Iterator[object]:
   from ml_collections import ConfigDict
 
-  from skipinit_jax.data.images import open_images
+  from skipinit_jax.data import open_dataset
 
   config = ConfigDict(
     {
-      'name': 'textures',
-      'dir': str(folder),
+      'name': 'tfds',
+      'dir': str(folder / 'textures' / '1.0.0'),
       'train_split': 'train',
       'eval_split': 'test',
       'train_size': 0,
       'eval_size': 0,
       'flip': True,
+      'shift': 0,
+      'cutout': 0,
+      'mixup': 0.0,
+      'cutmix': 0.0,
       'validation': 0,
       'image_size': SIZE,
       'eval_resize': 256,
@@ -91,7 +95,7 @@ def ours(folder: Path, workers: int) -> Iterator[object]:
       'workers': workers,
     }
   )
-  return open_images(config).train_batches(BATCH, seed=0)
+  return open_dataset(config).read_train(BATCH, seed=0)
 
 
 def tf_data(folder: Path, workers: int) -> Iterator[object]:

@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 from benchmarks import peers
 from benchmarks.input_pipeline import machine
 from skipinit_jax import cli
-from skipinit_jax.ahead_of_time.measure import stand_in
+from skipinit_jax.data.stand_in import stand_in
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.devices import (
   map_over_devices,

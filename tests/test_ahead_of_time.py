@@ -16,6 +16,7 @@ from configs import cifar10, digits, imagenet, synthetic
 from skipinit_jax.ahead_of_time import __main__ as command_line
 from skipinit_jax.ahead_of_time import chips, measure
 from skipinit_jax.data import open_dataset
+from skipinit_jax.data.stand_in import stand_in
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import WideResNet
 
@@ -44,15 +45,21 @@ def recipe(**fields):
 def test_stand_in_has_the_sizes_of_the_data(recipe):
   config = recipe.get_config().data
   config.validation = 7
-  data, real = measure.stand_in(config), open_dataset(config)
-  for field in ('name', 'num_classes', 'image_shape', 'train_size'):
+  data, real = stand_in(config), open_dataset(config)
+  for field in (
+    'name',
+    'num_classes',
+    'image_shape',
+    'train_size',
+    'eval_size',
+    'resident',
+  ):
     assert getattr(data, field) == getattr(real, field), field
-  assert data.resident is real.resident
 
 
 def test_stand_in_chooses_as_the_data_does():
   config = digits.get_config().data
-  data, real = measure.stand_in(config), open_dataset(config)
+  data, real = stand_in(config), open_dataset(config)
   args = ((real.images, real.labels), jax.random.key(1), 3, 32, np.arange(32))
   for a, b in zip(data.choose(*args), real.choose(*args), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -60,7 +67,7 @@ def test_stand_in_chooses_as_the_data_does():
 
 def test_imagenet_is_streamed_and_needs_no_file():
   config = imagenet.get_config().data
-  data = measure.stand_in(config)
+  data = stand_in(config)
   assert (data.image_shape, data.num_classes) == ((224, 224, 3), 1000)
   assert (data.train_size, data.resident) == (config.train_size, False)
   assert data.choose('batch', None, 0, 8, None) == 'batch'
@@ -71,7 +78,7 @@ def test_data_whose_sizes_nobody_told_is_an_error():
   config = imagenet.get_config().data
   config.name = 'folder'
   with pytest.raises(InputError, match="'folder': its sizes are not in the"):
-    measure.stand_in(config)
+    stand_in(config)
 
 
 @pytest.fixture(scope='module')
@@ -135,7 +142,7 @@ def test_automatic_dtype_and_scan_are_those_of_the_chip():
   pytest.importorskip('libtpu')
   config = recipe()
   config.model.depth = 244
-  data, where = measure.stand_in(config.data), chips.topology('v5e:2x2')
+  data, where = stand_in(config.data), chips.topology('v5e:2x2')
   model = measure.make_program(config, data, where.devices).model
   assert (model.dtype, model.scan) == ('bfloat16', True)
 

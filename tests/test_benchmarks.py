@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import growth, input_pipeline, peers, throughput, tpu_cost
-from skipinit_jax.ahead_of_time.measure import stand_in
+from skipinit_jax.data.stand_in import stand_in
 from skipinit_jax.models import layers
 from skipinit_jax.models.skipinit import SkipInitConv
 from skipinit_jax.training.checks import check_config

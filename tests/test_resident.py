@@ -28,6 +28,7 @@ def config(name, **fields):
     'cutout': 0,
     'mixup': 0.0,
     'cutmix': 0.0,
+    'bad_share': 0.0,
   }
   shapes = {
     'height': 5,
@@ -209,7 +210,7 @@ def test_augmentation_is_not_negative(field, value):
 
 @pytest.mark.parametrize('held', [-1, 20, 21])
 def test_validation_leaves_something_to_train_on(held):
-  with pytest.raises(InputError, match=f'data.validation={held} '):
+  with pytest.raises(InputError, match=f'data.validation={held}: expected'):
     open_dataset(config('synthetic', validation=held))
 
 

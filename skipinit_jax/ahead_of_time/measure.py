@@ -1,7 +1,6 @@
 """What a step costs on a TPU slice, from its compiler: no chip is needed."""
 
 import copy
-import dataclasses
 import math
 import re
 import time
@@ -14,10 +13,8 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.ahead_of_time.chips import GIB, Slice
 from skipinit_jax.ahead_of_time.counts import count
-from skipinit_jax.data import check_fields
-from skipinit_jax.data.resident import Resident
-from skipinit_jax.data.sources import augmentation
-from skipinit_jax.data.stream import Stream
+from skipinit_jax.data.dataset import Dataset
+from skipinit_jax.data.stand_in import stand_in
 from skipinit_jax.errors import InputError
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.describe import less_memory
@@ -26,66 +23,6 @@ from skipinit_jax.training.program import Program, make_program
 
 MICRO_BATCHES = (1, 2, 4, 8)
 LARGEST_BATCH = 2**14  # A chip, where the search for one ends.
-# Image side, channels, classes, images to train on.
-SIZES = {
-  'digits': (8, 1, 10, 1437),
-  'cifar10': (32, 3, 10, 50_000),
-  'cifar100': (32, 3, 100, 50_000),
-  'imagenet2012': (224, 3, 1000, 1_281_167),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class StandIn:
-  """A data set's sizes and pure functions, without its images.
-
-  Attributes:
-    name, num_classes, image_shape, train_size, augmentation, choose: as of
-      `data.Resident` or `data.Stream`.
-    resident: whether its arrays are on the device, or batches are streamed.
-  """
-
-  name: str
-  num_classes: int
-  image_shape: tuple[int, int, int]
-  train_size: int
-  augmentation: Any
-  resident: bool
-
-  def choose(self, *args) -> Any:
-    """As that of the data set."""
-    of = Resident if self.resident else Stream
-    return of.choose(self, *args)
-
-
-def stand_in(config: ConfigDict) -> StandIn:
-  """Stands in for the data set of a recipe's `data`; nothing is read.
-
-  Raises:
-    InputError: the recipe does not say how large its data set is.
-  """
-  check_fields(config)
-  side, channels, classes, train_size = SIZES.get(config.name, (0, 3, 0, 0))
-  side = config.get('image_size', side)
-  shape = config.get('height', side), config.get('width', side)
-  shape = (*shape, config.get('channels', channels))
-  classes = config.get('num_classes', classes)
-  train_size = config.get('train_size', 0) or train_size
-  if not classes or not train_size or not min(shape):
-    raise InputError(
-      f'data.name={config.name!r}: its sizes are not in the recipe; compile '
-      f'for one of {", ".join(SIZES)}, or for synthetic with its sizes'
-    )
-  return StandIn(
-    name=config.name,
-    num_classes=classes,
-    image_shape=shape,
-    train_size=train_size - config.validation,
-    augmentation=augmentation(
-      config, classes, shape, *np.full((2, shape[-1]), 127.5)
-    ),
-    resident=config.name != 'imagenet2012',
-  )
 
 
 def check(config: ConfigDict) -> None:
@@ -145,7 +82,7 @@ def measure(
 
 def compute(
   config: ConfigDict, where: Slice
-) -> tuple[Program, StandIn, tuple[Any, ...]]:
+) -> tuple[Program, Dataset, tuple[Any, ...]]:
   """What a recipe computes on a slice, and the arguments to lower it with.
 
   Returns:
@@ -302,14 +239,14 @@ def _lacking(message: str) -> float:
   return float(needed) * unit[needed_unit] - float(there) * unit[there_unit]
 
 
-def _resident(data: StandIn) -> tuple:
-  """What `data.Resident.inputs` puts on each device."""
+def _resident(data: Dataset) -> tuple:
+  """Shapes of what `Resident.inputs` yields."""
   n = data.train_size
   pixels = math.prod(data.image_shape)
   return _shape((n, pixels), np.uint8), _shape((n,), np.int32)
 
 
-def _batch(rows: tuple[int, ...], data: StandIn) -> tuple:
+def _batch(rows: tuple[int, ...], data: Dataset) -> tuple:
   images = _shape((*rows, *data.image_shape), np.uint8)
   return images, _shape(rows, np.int32)
 

@@ -333,21 +333,6 @@ def check_label(record: Record, num_classes: int) -> None:
     )
 
 
-def hold_out(
-  records: Records, count: int, name: str
-) -> tuple[Records, Records]:
-  """Splits off `count` records, the same ones in every run: (rest, held)."""
-  if not 0 < count < len(records):
-    raise InputError(
-      f'data.validation={count} must be at least 0 and less than the '
-      f"{len(records)} images of {name}'s training split"
-    )
-  order = np.random.default_rng(0).permutation(len(records))
-  # Read in the order of the files, which is the disk's.
-  rest, held = np.sort(order[count:]), np.sort(order[:count])
-  return Subset(records, rest), Subset(records, held)
-
-
 def spread(count: int, wanted: int) -> list[int]:
   """At most `wanted` indices, evenly over 0 ... count - 1.
 

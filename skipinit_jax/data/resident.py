@@ -40,7 +40,6 @@ class Resident:
   eval_labels: np.ndarray
   augmentation: Augmentation
 
-  # Every device holds the whole data set, see `training.devices`.
   resident: ClassVar[bool] = True
 
   def __post_init__(self):

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import math
 import os
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.data.decode import DecodeError, decode
+from skipinit_jax.data.fields import hold_out
 from skipinit_jax.data.reading import Unreadable
 from skipinit_jax.data.records import (
   Source,
@@ -25,17 +25,6 @@ from skipinit_jax.data.records import (
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.errors import InputError
 from skipinit_jax.files import commit, retry
-
-# Of synthetic images: the most of each, and bytes in all.
-SIZES = {
-  'height': 4096,
-  'width': 4096,
-  'channels': 4096,
-  'num_classes': 10**6,
-  'train_size': 2**31 - 1,
-  'eval_size': 2**31 - 1,
-}
-LARGEST = 2**34
 
 
 def digits(config: ConfigDict) -> Resident:
@@ -137,20 +126,8 @@ def _digest(images: np.ndarray, labels: np.ndarray) -> str:
 
 def synthetic(config: ConfigDict) -> Resident:
   """Random images and labels of any shape, for smoke tests and benchmarks."""
-  for field, most in SIZES.items():
-    if not 1 <= config[field] <= most:
-      raise InputError(
-        f'data.{field}={config[field]}: expected a number from 1 to {most}'
-      )
   rng = np.random.default_rng(0)
   shape = config.height, config.width, config.channels
-  images = config.train_size + config.eval_size
-  if (needed := images * math.prod(shape)) > LARGEST:
-    raise InputError(
-      f'data.train_size={config.train_size} and data.eval_size='
-      f'{config.eval_size} images of {shape} are {needed:.3g} bytes; expected '
-      f'at most {LARGEST:.3g}'
-    )
 
   def draw(n):
     images = rng.integers(0, 256, (n, *shape), dtype=np.uint8)
@@ -169,16 +146,10 @@ def _resident(
   num_classes: int,
 ) -> Resident:
   """Applies what is common: the validation split and the augmentation."""
-  held = config.validation
-  if not 0 <= held < len(images):
-    raise InputError(
-      f'data.validation={held} must be at least 0 and less than the '
-      f"{len(images)} images of {config.name}'s training split"
-    )
-  if held:  # Evaluate on training images that are held out, not on the test.
-    order = np.random.default_rng(0).permutation(len(images))
-    eval_images, eval_labels = images[order[:held]], labels[order[:held]]
-    images, labels = images[order[held:]], labels[order[held:]]
+  if config.validation:
+    rest, held = hold_out(config, len(images))
+    eval_images, eval_labels = images[held], labels[held]
+    images, labels = images[rest], labels[rest]
   return Resident(
     name=config.name,
     images=images,
@@ -213,9 +184,6 @@ def augmentation(
         f'data.{field}={config[field]}: expected a number of pixels from 0 to '
         f'{side}, the side of an image'
       )
-  for field in ('mixup', 'cutmix'):
-    if not 0 <= config[field] < math.inf:
-      raise InputError(f'data.{field}={config[field]} must be 0 or more')
   return Augmentation(
     num_classes,
     mean,

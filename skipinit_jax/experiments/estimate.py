@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from skipinit_jax.ahead_of_time.measure import stand_in
+from skipinit_jax.data.stand_in import stand_in
 from skipinit_jax.experiments.grid import TEST, Run, cells, make_run
 from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.training.config import default_config

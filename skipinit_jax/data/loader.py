@@ -1,0 +1,173 @@
+"""Batches of crops, decoded from records by Grain."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from skipinit_jax.data.crops import CentralCrop, Crop, RandomCrop, mirror, read
+from skipinit_jax.data.decode import DecodeError
+from skipinit_jax.data.extras import require
+from skipinit_jax.data.reading import Unreadable
+from skipinit_jax.data.records import Records, check_label
+from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.files import retry
+
+NEIGHBOURS = 100  # Records that are tried in place of a broken one.
+
+
+class Draw:
+  """Position in the split -> (position, all random numbers of its crop)."""
+
+  def __call__(
+    self, position: int, rng: np.random.Generator
+  ) -> tuple[int, list[float]]:
+    """Draws for one position."""
+    return position, rng.random(RandomCrop.DRAWS + 1).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Crops:
+  """Makes batches of a split's records; picklable.
+
+  Attributes:
+    records: the split.
+    num_classes: a label outside of them is an error.
+    size: height and width of the crops.
+  """
+
+  records: Records
+  num_classes: int
+  size: int
+
+  def empty(self, rows: int) -> dict[str, Any]:
+    """A batch of black images, to be filled in place."""
+    return {
+      'image': np.zeros((rows, self.size, self.size, 3), np.uint8),
+      'label': np.zeros(rows, np.int32),
+      'broken': [],
+    }
+
+  def fill(
+    self, batch: dict[str, Any], row: int, index: int, crop: Crop
+  ) -> tuple[str, str] | None:
+    """Fills a row, or returns the name of a broken record and the reason."""
+    try:
+      record = retry(lambda: self.records[index])
+      check_label(record, self.num_classes)
+      read(record.data, crop, batch['image'][row])
+    except Unreadable as error:
+      return error.name, error.reason
+    except DecodeError as error:
+      return record.name, str(error)
+    batch['label'][row] = record.label
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrops(_Crops):
+  """Results of `Draw` -> a batch to train on.
+
+  Attributes:
+    area, aspect: ranges of the random crop, see `RandomCrop`.
+    flip: mirror half of the images.
+  """
+
+  area: tuple[float, float]
+  aspect: tuple[float, float]
+  flip: bool
+
+  def __call__(self, draws: list[tuple[int, list[float]]]) -> dict[str, Any]:
+    """Loads a batch."""
+    batch = self.empty(len(draws))
+    for row, (position, (*numbers, side)) in enumerate(draws):
+      crop = RandomCrop(self.size, self.area, self.aspect, numbers)
+      self._fill_whole(batch, row, position, crop)
+      if self.flip and side < 0.5:
+        mirror(batch['image'][row])
+    return batch
+
+  def _fill_whole(
+    self, batch: dict[str, Any], row: int, position: int, crop: Crop
+  ) -> None:
+    """Fills a row with an image, or with the next one that is whole."""
+    size = len(self.records)
+    flaw = None
+    for step in range(min(NEIGHBOURS, size)):
+      flaw = self.fill(batch, row, (position + step) % size, crop)
+      if flaw is None:
+        return
+      if step == 0:  # The others are counted when it is their turn.
+        batch['broken'].append(flaw)
+    raise InputError(
+      f'{min(NEIGHBOURS, size)} images in a row are broken; the last: '
+      f'{brief(flaw)}'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CentralCrops(_Crops):
+  """Positions in the split -> a batch to evaluate on, with its `mask`.
+
+  Attributes:
+    resize: shorter side that an image is resized to before its central crop.
+  """
+
+  resize: int
+
+  def __call__(self, positions: list[int]) -> dict[str, Any]:
+    """Loads a batch."""
+    batch = self.empty(len(positions))
+    mask = np.array(positions) < len(self.records)
+    crop = CentralCrop(self.size, self.resize)
+    for row in np.flatnonzero(mask):
+      if flaw := self.fill(batch, row, positions[row], crop):
+        batch['broken'].append(flaw)
+        batch['label'][row] = -1
+    return batch | {'mask': mask}
+
+
+def brief(flaw: tuple[str, str]) -> str:
+  """A broken image's name and reason, 65 characters at most."""
+  name, reason = flaw
+  return f'{name[-35:]}: {reason[:28]}'
+
+
+def iterate(dataset: Any, workers: int) -> Iterator[dict[str, Any]]:
+  """Yields the elements of a Grain MapDataset in order, made ahead of time.
+
+  Args:
+    dataset: of batches.
+    workers: processes that make them; 0: threads of this one.
+
+  Raises:
+    InputError, RunError: what an element raised.
+    RunError: a worker died, or met another error; one line.
+  """
+  grain = require('grain')
+  # A thread makes a whole batch, so that each costs the memory of one.
+  threads = 1 if workers else min(8, os.cpu_count() or 1)
+  dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, threads))
+  if workers:
+    # Shared memory that Grain holds at exit is freed then: no warning of it.
+    os.environ.setdefault(
+      'PYTHONWARNINGS', 'ignore::UserWarning:multiprocessing.resource_tracker'
+    )
+    flags = require('absl.flags').FLAGS
+    if not flags.is_parsed():  # Grain reads its own; a library parses none.
+      flags.mark_as_parsed()
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers))
+  iterator = iter(dataset)
+  try:
+    yield from iterator
+  except (InputError, RunError):
+    raise
+  except Exception as error:
+    reason = (str(error).splitlines() or [''])[0]
+    raise RunError(
+      f'images can not be read: {type(error).__name__}: {reason[:200]}'
+    ) from error
+  finally:
+    iterator.close()
