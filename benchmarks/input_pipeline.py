@@ -95,7 +95,8 @@ def ours(folder: Path, workers: int) -> Iterator[object]:
       'workers': workers,
     }
   )
-  return open_dataset(config).read_train(BATCH, seed=0)
+  run = ConfigDict({'batch_size': BATCH, 'seed': 0})
+  return open_dataset(config).inputs(lambda batch: batch, run, 0)
 
 
 def tf_data(folder: Path, workers: int) -> Iterator[object]:
@@ -168,7 +169,7 @@ def decode(folder: Path, workers: int) -> Iterator[object]:
 
 
 def _records(folder: Path):
-  from skipinit_jax.data.records import open_source
+  from skipinit_jax.data.sources import open_source
 
   return open_source('textures', folder).open('train')
 

@@ -1,9 +1,11 @@
 """Small image data sets on disk, made without TensorFlow."""
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 # A class's colour; far apart, so that JPEG's loss can't confuse them.
@@ -36,6 +38,52 @@ def coloured(label: int, number: int) -> bytes:
   pixels = pixels * np.linspace(1, 0.5, width)[:, None]
   pixels[0, :8] = number % 256  # No two files are alike.
   return encode(pixels.astype(np.uint8), quality=95)
+
+
+def labelled(count: int, prefix: str = '') -> list[tuple[str, bytes, int]]:
+  """Records of coloured images of five classes."""
+  labels = [i * 3 % 5 for i in range(count)]
+  return [
+    (f'{prefix}{i}.JPEG', coloured(label, i), label)
+    for i, label in enumerate(labels)
+  ]
+
+
+def write_folders(
+  folder: Path, splits: dict[str, list[tuple[str, bytes, int]]]
+) -> Path:
+  """A folder `split/class/image` of each record: class0, class1, ..."""
+  for split, records in splits.items():
+    for name, data, label in records:
+      path = folder / split / f'class{label}' / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(data)
+  return folder
+
+
+def stream_config(**fields) -> ConfigDict:
+  """A recipe's `data` for small crops of a data set on disk."""
+  common = {
+    'name': 'tfds',
+    'dir': '',
+    'train_split': 'train',
+    'eval_split': '',
+    'train_size': 0,
+    'eval_size': 0,
+    'validation': 0,
+    'workers': 0,
+    'image_size': 8,
+    'eval_resize': 10,
+    'area': (0.3, 1.0),
+    'aspect': (0.75, 1.33),
+    'flip': True,
+    'bad_share': 0.5,
+    'shift': 0,
+    'cutout': 0,
+    'mixup': 0.0,
+    'cutmix': 0.0,
+  }
+  return ConfigDict(common | fields)
 
 
 def write_tfds(
@@ -93,3 +141,32 @@ def write_tfds(
     check_data=False,
   )
   return folder
+
+
+def train_batches(data, batch_size, seed=0, start=0, process=0, processes=1):
+  """Yields batches of a Stream as dicts."""
+  run = ConfigDict({'batch_size': batch_size, 'seed': seed})
+  for image, label, broken in data.read(run, start, process, processes):
+    yield {'image': image, 'label': label, 'broken': broken}
+
+
+def eval_batches(data, *args):
+  """Yields batches of a Stream as dicts."""
+  for image, label, mask in data.eval_batches(*args):
+    yield {'image': image, 'label': label, 'mask': mask}
+
+
+def take(batches, count):
+  """The first batches; closes the iterator."""
+  taken = list(itertools.islice(batches, count))
+  batches.close()
+  return taken
+
+
+def write_toy(folder: Path, train: int, evaluation: int) -> Path:
+  """A prepared set `toy` of five classes with so many images."""
+  splits = {
+    'train': labelled(train, 'train_'),
+    'test': labelled(evaluation, 'test_'),
+  }
+  return write_tfds(folder / 'toy' / '1.0.0', splits, 5)

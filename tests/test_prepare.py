@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import itertools
 import json
 import os
 import struct
@@ -13,7 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_sets import coloured, encode, write_tfds
+from image_sets import (
+  coloured,
+  encode,
+  labelled,
+  write_folders,
+  write_tfds,
+  write_toy,
+)
 
 pytest.importorskip('tensorflow_datasets')
 pytest.importorskip('array_record')
@@ -22,17 +28,22 @@ pytest.importorskip('simplejpeg')
 from skipinit_jax.data import imagenet
 from skipinit_jax.data.__main__ import main
 from skipinit_jax.data.convert import _masked_crc32c, tfrecords
-from skipinit_jax.data.records import open_source
+from skipinit_jax.data.sources import open_source
 from skipinit_jax.errors import InputError
 
 needs_tensorflow = pytest.mark.skipif(
   not importlib.util.find_spec('tensorflow'), reason='TensorFlow prepares'
 )
 ROOT = Path(__file__).parents[1]
-CLASSES = {'n01440764': 7, 'n01751748': 9, 'n15075141': 6}
-VALIDATION = 12
-# What the challenge says of the first validation images.
+TRAIN = {'n01440764': 7, 'n01751748': 9, 'n15075141': 6}  # Others: one each.
+SIZES = {'train': 1019, 'validation': 12}
+# The challenge's labels of the first validation images.
 TRUE_LABELS = [65, 970, 230, 809, 516, 57, 334, 415, 674, 332, 109, 286]
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+  monkeypatch.setattr(imagenet, 'SIZES', SIZES)
 
 
 def tar(files: dict[str, bytes]) -> bytes:
@@ -45,14 +56,19 @@ def tar(files: dict[str, bytes]) -> bytes:
   return out.getvalue()
 
 
-def write_archives(folder, classes=CLASSES, validation=range(VALIDATION)):
+def synsets():
+  return {synset: TRAIN.get(synset, 1) for synset in imagenet.synsets()}
+
+
+def write_archives(folder, train=None, validation=range(12)):
   """Both archives of the challenge, with few and small images."""
   folder.mkdir(parents=True)
+  train = synsets() if train is None else train
   inner = {
     f'{synset}.tar': tar(
       {f'{synset}_{i}.JPEG': coloured(i % 5, i) for i in range(count)}
     )
-    for synset, count in classes.items()
+    for synset, count in train.items()
   }
   (folder / 'ILSVRC2012_img_train.tar').write_bytes(tar(inner))
   # In the archive's own order, which is not that of the names.
@@ -64,9 +80,18 @@ def write_archives(folder, classes=CLASSES, validation=range(VALIDATION)):
   return folder
 
 
+COMMAND = f"""
+import sys
+from skipinit_jax.data import imagenet
+from skipinit_jax.data.__main__ import main
+imagenet.SIZES = {SIZES}
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def command(*args):
   return subprocess.run(
-    [sys.executable, '-m', 'skipinit_jax.data', *map(str, args)],
+    [sys.executable, '-c', COMMAND, *map(str, args)],
     capture_output=True,
     text=True,
     timeout=300,
@@ -99,7 +124,6 @@ def made(tmp_path_factory):
   done = command(
     'prepare',
     'imagenet2012',
-    '--allow-counts',
     '--manual-dir',
     manual,
     '--data-dir',
@@ -112,38 +136,39 @@ def made(tmp_path_factory):
 @needs_tensorflow
 def test_prepare_writes_every_image_with_its_label(made):
   folder, done = made
-  assert 'train 22, validation 12 images' in done.stdout
+  assert 'train 1,019, validation 12 images' in done.stdout
   source = open_source('imagenet2012', folder)
   assert len(source.classes) == 1000
   validation = source.open('validation')
   labels = {}
-  for i in range(VALIDATION):
+  for i in range(12):
     name, data, label = validation[i]
     number = int(name.split('_')[2][:8])
     labels[number - 1] = label
     assert data == coloured((number - 1) % 5, number - 1)
   assert labels == dict(enumerate(TRUE_LABELS))
   train = source.open('train')
-  numbers = {'n01440764': 0, 'n01751748': 65, 'n15075141': 999}
   names = set()
   for i in range(len(train)):
     name, data, label = train[i]
     synset, number = name.split('.')[0].split('_')
-    assert label == numbers[synset]
+    assert synset == imagenet.synsets()[label]
     assert data == coloured(int(number) % 5, int(number))
     names.add((synset, int(number)))
-  assert names == {(s, i) for s, count in CLASSES.items() for i in range(count)}
+  assert names == {(s, i) for s, n in synsets().items() for i in range(n)}
 
 
 @needs_tensorflow
-def test_what_was_prepared_passes_the_check(made, capsys):
+def test_what_was_prepared_passes_the_check(made, capsys, monkeypatch):
   arguments = ['check', 'imagenet2012', '--data-dir', str(made[0])]
-  assert main([*arguments, '--allow-counts']) == 0
+  assert main(arguments) == 1  # Twelve images are not of all classes.
   out = capsys.readouterr().out
-  assert 'train: 22 records, 0 broken' in out
-  assert 'all well' in out
+  assert 'train: 1,019 records, 0 broken' in out
+  assert 'broken: validation: 988 classes have no image' in out
+  assert '1 broken' in out
+  monkeypatch.setitem(SIZES, 'train', 1_281_167)
   assert main(arguments) == 1
-  assert 'train: 22 images, not 1,281,167' in capsys.readouterr().out
+  assert 'train: 1,019 images, not 1,281,167' in capsys.readouterr().out
 
 
 @needs_tensorflow
@@ -151,7 +176,6 @@ def test_preparing_again_says_that_it_is_there(made):
   done = command(
     'prepare',
     'imagenet2012',
-    '--allow-counts',
     '--manual-dir',
     made[0].parent / 'manual',
     '--data-dir',
@@ -178,7 +202,6 @@ def test_a_damaged_inner_archive_leaves_nothing_behind(tmp_path):
   done = command(
     'prepare',
     'imagenet2012',
-    '--allow-counts',
     '--manual-dir',
     manual,
     '--data-dir',
@@ -193,7 +216,7 @@ ARCHIVE_FAULTS = {
   'no train': 'no ILSVRC2012_img_train.tar in',
   'no validation': 'no ILSVRC2012_img_val.tar in',
   'cut': 'is cut off or damaged',
-  'classes': r'3 members, 997 missing \(the first: n01443537.tar\)',
+  'classes': r'999 members, 1 missing \(the first: n01440764.tar\)',
   'strange class': r'1 not expected \(the first: n99999999.tar\)',
   'validation': r'11 members.* 1 missing \(the first: \S+_00000004.JPEG\)',
   'name': r'1 not expected \(the first: cat.jpg\)',
@@ -202,12 +225,14 @@ ARCHIVE_FAULTS = {
 
 @pytest.mark.parametrize('fault', ARCHIVE_FAULTS)
 def test_archives_that_are_not_the_published_ones_are_refused(tmp_path, fault):
-  numbers = set(range(VALIDATION))
-  classes = dict(CLASSES)
+  numbers = set(range(12))
+  classes = dict.fromkeys(imagenet.synsets(), 0)
   if fault == 'validation':  # tfds would mislabel all from the fourth on.
     numbers -= {3}
   if fault == 'strange class':
     classes['n99999999'] = 1
+  if fault == 'classes':
+    del classes['n01440764']
   folder = write_archives(tmp_path / 'a', classes, sorted(numbers))
   train, validation = (folder / name for name in imagenet.ARCHIVES)
   if fault == 'no train':
@@ -220,21 +245,17 @@ def test_archives_that_are_not_the_published_ones_are_refused(tmp_path, fault):
     end = content.rindex(b'\xff\xd9')
     validation.write_bytes(content[: end - 100])
   elif fault == 'name':
-    images = {
-      f'ILSVRC2012_val_{i + 1:08d}.JPEG': b'x' for i in range(VALIDATION - 1)
-    }
+    images = {f'ILSVRC2012_val_{i + 1:08d}.JPEG': b'x' for i in range(11)}
     validation.write_bytes(tar(images | {'cat.jpg': b'x'}))
-  allow = fault != 'classes'
   with pytest.raises(InputError, match=ARCHIVE_FAULTS[fault]) as caught:
-    imagenet.check_archives(folder, allow_counts=allow)
+    imagenet.check_archives(folder)
   assert '\n' not in str(caught.value)
 
 
-def test_archives_of_the_published_form_pass(tmp_path):
-  folder = write_archives(tmp_path / 'a')
-  assert imagenet.check_archives(folder, True) == (3, VALIDATION)
-  empty = {f'{synset}.tar': b'' for synset in imagenet.synsets()}
-  (folder / imagenet.ARCHIVES[0]).write_bytes(tar(empty))
+def test_archives_of_the_published_form_pass(tmp_path, monkeypatch):
+  folder = write_archives(tmp_path / 'a', dict.fromkeys(imagenet.synsets(), 0))
+  imagenet.check_archives(folder)
+  monkeypatch.setitem(SIZES, 'validation', 50_000)
   message = r'to 00050000.JPEG; it holds 12 members, 49988 missing'
   with pytest.raises(InputError, match=message):
     imagenet.check_archives(folder)
@@ -249,18 +270,14 @@ def test_names_imply_the_published_labels():
   assert imagenet.label_of('holiday.jpg') is None
 
 
-def small(label, number):
-  return f'{number}.JPEG', coloured(label, number), label
-
-
 @pytest.fixture
 def flawed(tmp_path):
   """A set whose third record is cut off and whose fifth is a PNG."""
-  train = [small(i % 5, i) for i in range(10)]
+  train = labelled(10)
   name, data, label = train[2]
   train[2] = name, data[: len(data) // 2], label
   train[4] = train[4][0], encode(np.zeros((9, 9, 3), np.uint8), 'PNG'), 4
-  splits = {'train': train, 'test': [small(i, i) for i in range(5)]}
+  splits = {'train': train, 'test': labelled(5)}
   write_tfds(tmp_path / 'toy' / '1.0.0', splits, 5, shards=1)
   return tmp_path
 
@@ -277,7 +294,7 @@ def test_check_names_what_is_broken(flawed, capsys):
 
 
 def test_check_finds_wrong_labels_and_empty_classes(tmp_path, capsys):
-  train = [small(i % 3, i) for i in range(6)]
+  train = [(f'{i}.JPEG', coloured(i % 3, i), i % 3) for i in range(6)]
   train[3] = train[3][0], train[3][1], 7
   write_tfds(tmp_path / 'toy' / '1.0.0', {'train': train}, 5, shards=1)
   assert main(['check', 'toy', '--data-dir', str(tmp_path)]) == 1
@@ -295,8 +312,7 @@ def test_check_compares_imagenet_labels_with_names(tmp_path, capsys):
   images[4] = images[4][0], images[4][1], TRUE_LABELS[5]
   folder = tmp_path / 'imagenet2012' / '5.1.0'
   write_tfds(folder, {'validation': images}, 1000, shards=1)
-  arguments = ['check', 'imagenet2012', '--data-dir', str(tmp_path)]
-  assert main([*arguments, '--allow-counts']) == 1
+  assert main(['check', 'imagenet2012', '--data-dir', str(tmp_path)]) == 1
   out = capsys.readouterr().out
   assert '00000005.JPEG (validation[4]): label 57, but by its name 516' in out
   assert '1 broken' in out
@@ -319,16 +335,12 @@ def test_check_uses_processes_and_finds_the_same(tmp_path):
 
 
 def test_check_reads_class_folders(tmp_path, capsys):
-  for split, label in itertools.product(('train', 'val'), range(2)):
-    folder = tmp_path / split / f'class{label}'
-    folder.mkdir(parents=True)
-    for i in range(3):
-      (folder / f'{i}.jpg').write_bytes(coloured(label, i))
+  write_folders(tmp_path, {'train': labelled(6), 'val': labelled(6)})
   arguments = ['check', 'folder', '--data-dir', str(tmp_path)]
   assert main(arguments) == 0
-  (tmp_path / 'val' / 'class1' / '2.jpg').write_bytes(b'')
+  (tmp_path / 'val' / 'class1' / '2.JPEG').write_bytes(b'')
   assert main(arguments) == 1
-  assert 'broken: class1/2.jpg: not an image' in capsys.readouterr().out
+  assert 'broken: class1/2.JPEG: not an image' in capsys.readouterr().out
 
 
 def test_crc32c_is_the_published_one():
@@ -364,11 +376,7 @@ def to_tfrecord(folder):
 @pytest.fixture
 def recorded(tmp_path):
   """A prepared set in TFRecord, and what it held before: (folder, records)."""
-  splits = {
-    'train': [small(i % 5, i) for i in range(11)],
-    'test': [small(i, i) for i in range(5)],
-  }
-  folder = write_tfds(tmp_path / 'old' / 'toy' / '1.0.0', splits, 5)
+  folder = write_toy(tmp_path / 'old', 11, 5)
   before = all_records(tmp_path / 'old')
   to_tfrecord(folder)
   return folder, before

@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.data.augment import Augmentation
-from skipinit_jax.data.resident import Resident, batch_indices
-from skipinit_jax.data.sources import _resident
+from skipinit_jax.data.resident import Resident, batch_indices, make_resident
 from skipinit_jax.errors import InputError
 
 SIZES = [(12, 4), (12, 12), (12, 5), (12, 7), (12, 11), (5, 12), (1, 3)]
@@ -28,7 +27,6 @@ def config(name, **fields):
     'cutout': 0,
     'mixup': 0.0,
     'cutmix': 0.0,
-    'bad_share': 0.0,
   }
   shapes = {
     'height': 5,
@@ -201,9 +199,9 @@ def test_synthetic_sizes_are_positive(field, value):
     open_dataset(config('synthetic', **{field: value}))
 
 
-@pytest.mark.parametrize('field', ['shift', 'cutout', 'mixup', 'cutmix'])
-@pytest.mark.parametrize('value', [-1, float('nan'), float('inf')])
-def test_augmentation_is_not_negative(field, value):
+@pytest.mark.parametrize('field', ['shift', 'cutout'])
+@pytest.mark.parametrize('value', [-1, 6])
+def test_augmentation_stays_within_an_image(field, value):
   with pytest.raises(InputError, match=f'data.{field}={value}'):
     open_dataset(config('synthetic', **{field: value}))
 
@@ -293,7 +291,7 @@ def test_training_images_are_normalized_by_channel():
   shape = (50, 4, 4, 3)
   images = rng.normal([50, 120, 200], [10, 20, 5], shape).astype(np.uint8)
   labels = np.zeros(50, int)
-  data = _resident(
+  data = make_resident(
     config('toy'), images, labels, images[:3] // 2, labels[:3], 10
   )
   ours = np.asarray(data.augmentation.normalize(jnp.asarray(images)))
@@ -312,7 +310,7 @@ def test_held_out_images_do_not_move_the_normalization():
   images = np.zeros((20, 2, 2, 1), np.uint8)
   images[:] = np.arange(20)[:, None, None, None] ** 2 % 251
   labels = np.zeros(20, int)
-  data = _resident(
+  data = make_resident(
     config('toy', validation=8), images, labels, images, labels, 2
   )
   np.testing.assert_allclose(data.augmentation.mean, [data.images.mean()])
@@ -322,6 +320,6 @@ def test_held_out_images_do_not_move_the_normalization():
 def test_a_constant_channel_stays_finite():
   images = np.full((4, 2, 2, 1), 7, np.uint8)
   labels = np.zeros(4, int)
-  data = _resident(config('toy'), images, labels, images, labels, 2)
+  data = make_resident(config('toy'), images, labels, images, labels, 2)
   normal = data.augmentation.normalize(jnp.asarray(images))
   np.testing.assert_array_equal(normal, 0)

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from skipinit_jax.data.dataset import Dataset as Dataset
 from skipinit_jax.data.fields import check_fields
 from skipinit_jax.data.resident import Resident as Resident
-from skipinit_jax.data.sources import cifar, digits, synthetic
+from skipinit_jax.data.small import cifar, digits, synthetic
 from skipinit_jax.data.stream import Stream as Stream
 from skipinit_jax.data.stream import open_stream
 

@@ -9,7 +9,7 @@ from skipinit_jax.data import imagenet
 from skipinit_jax.data.check import check
 from skipinit_jax.data.convert import convert
 from skipinit_jax.data.prepare import DOWNLOADED, prepare
-from skipinit_jax.data.records import local_path
+from skipinit_jax.data.sources import local_path
 from skipinit_jax.errors import InputError
 
 
@@ -37,9 +37,6 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     '--manual-dir', type=_folder, help="folder of imagenet2012's two archives"
   )
-  command.add_argument(
-    '--allow-counts', action='store_true', help=argparse.SUPPRESS
-  )
   command.set_defaults(run=_prepare)
 
   command = commands.add_parser(
@@ -62,15 +59,12 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     '--workers', type=workers, default=0, help='default: all cores'
   )
-  command.add_argument(
-    '--allow-counts', action='store_true', help=argparse.SUPPRESS
-  )
   command.set_defaults(run=_check)
   return parser
 
 
 def _prepare(args: argparse.Namespace) -> int:
-  print(prepare(args.name, args.data_dir, args.manual_dir, args.allow_counts))
+  print(prepare(args.name, args.data_dir, args.manual_dir))
   return 0
 
 
@@ -81,7 +75,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
   broken = 0
-  for line in check(args.name, args.data_dir, args.workers, args.allow_counts):
+  for line in check(args.name, args.data_dir, args.workers):
     print(f'broken: {line}')
     broken += 1
   print(f'{broken} broken' if broken else 'all well')

@@ -5,6 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
+
+from skipinit_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,37 @@ class Augmentation:
     if self.flip:
       image = flip(flip_key, image)
     return image
+
+
+def make_augmentation(
+  config: ConfigDict,
+  num_classes: int,
+  image_shape: tuple[int, int, int],
+  mean: np.ndarray,
+  std: np.ndarray,
+) -> Augmentation:
+  """The augmentation of a recipe's `data`; see `Augmentation`.
+
+  Raises:
+    InputError: a shift or a square larger than an image.
+  """
+  side = min(image_shape[:2])
+  for field in ('shift', 'cutout'):
+    if not 0 <= config[field] <= side:
+      raise InputError(
+        f'data.{field}={config[field]}: expected a number of pixels from 0 to '
+        f'{side}, the side of an image'
+      )
+  return Augmentation(
+    num_classes,
+    mean,
+    std,
+    shift=config.shift,
+    flip=config.flip,
+    cutout=config.cutout,
+    mixup=config.mixup,
+    cutmix=config.cutmix,
+  )
 
 
 def shift(key: jax.Array, image: jax.Array, pixels: int) -> jax.Array:

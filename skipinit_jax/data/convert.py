@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from skipinit_jax.data.extras import require
-from skipinit_jax.data.records import INFO, read_info
+from skipinit_jax.data.tfds import INFO, read_info
 from skipinit_jax.errors import InputError
 
 
@@ -52,7 +52,7 @@ def convert(source: Path, target: Path, workers: int | None = None) -> str:
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   try:
-    written = _write(jobs, partial, workers or os.cpu_count())
+    written = _write(jobs, partial, workers or os.cpu_count() or 1)
     for file in source.iterdir():  # Features, label names, licences.
       if file.is_file() and '.tfrecord' not in file.name and file.name != INFO:
         shutil.copy(file, partial)
@@ -65,16 +65,11 @@ def convert(source: Path, target: Path, workers: int | None = None) -> str:
 
 
 def _write(jobs: list, folder: Path, workers: int) -> int:
+  sources, names, counts = zip(*jobs, strict=True)
+  targets = [folder / name for name in names]
   with ThreadPoolExecutor(workers) as pool:
-    futures = [
-      pool.submit(_convert_file, path, folder / name, count)
-      for path, name, count in jobs
-    ]
-    try:
-      return sum(future.result() for future in tqdm(futures, 'files'))
-    except BaseException:
-      pool.shutdown(cancel_futures=True)
-      raise
+    written = pool.map(_convert_file, sources, targets, counts)
+    return sum(tqdm(written, 'files', len(jobs)))
 
 
 def _convert_file(source: Path, target: Path, count: int) -> int:
@@ -94,8 +89,8 @@ def _convert_file(source: Path, target: Path, count: int) -> int:
 def tfrecords(path: Path) -> Iterator[bytes]:
   """The records of a TFRecord file: length, its checksum, bytes, theirs.
 
-  The lengths' checksums are verified, the bytes' not (CRC-32C of gigabytes is
-  no work for Python): `check` decodes what comes out.
+  The lengths' checksums are verified. A record whose bytes are damaged is kept,
+  since training can do without it: `check` names it.
   """
   if not path.is_file():
     raise InputError(f'{path} is missing')
@@ -115,11 +110,6 @@ def tfrecords(path: Path) -> Iterator[bytes]:
 
 
 def _masked_crc32c(data: bytes) -> int:
-  """CRC-32C (Castagnoli), rotated and shifted as the TFRecord format asks."""
-  crc = 0xFFFFFFFF
-  for byte in data:
-    crc ^= byte
-    for _ in range(8):
-      crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
-  crc ^= 0xFFFFFFFF
+  """CRC-32C, rotated and shifted as the TFRecord format asks."""
+  crc = require('google_crc32c').value(data)
   return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,16 +21,6 @@ class Box(NamedTuple):
   left: int
   height: int
   width: int
-
-
-class Crop(Protocol):
-  """Chooses a box of an image, and how it becomes `size` x `size` pixels."""
-
-  size: int
-
-  def box(self, height: int, width: int) -> Box:
-    """The part of an image of this size that is shown."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,19 +79,21 @@ class CentralCrop:
     return _central(height, width, side, side)
 
 
-def read(data: bytes, crop: Crop, out: np.ndarray) -> None:
+def read(data: bytes, crop: RandomCrop | CentralCrop, out: np.ndarray) -> None:
   """Decodes an image and writes its crop to `out`, uint8 (size, size, 3).
 
   Raises:
     DecodeError: see `decode`.
   """
-  shape = jpeg_size(data)
-  box = crop.box(*shape) if shape else None
-  pixels = decode(data, _shrink(box, crop.size) if box else 1).pixels
-  if box is None:
+  if shape := jpeg_size(data):
+    box = crop.box(*shape)
+    pixels = decode(data, _shrink(box, crop.size)).pixels
+    down, right = pixels.shape[0] / shape[0], pixels.shape[1] / shape[1]
+    if (down, right) != (1, 1):
+      box = _scaled(box, down, right)
+  else:
+    pixels = decode(data).pixels
     box = crop.box(*pixels.shape[:2])
-  elif shape != pixels.shape[:2]:
-    box = _scaled(box, pixels.shape[0] / shape[0], pixels.shape[1] / shape[1])
   top, left, height, width = box
   # Bilinear without antialiasing, in training and in evaluation: what the
   # field's pipelines do (tf.data's agrees to one level of 255), and evaluation

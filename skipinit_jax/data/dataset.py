@@ -1,7 +1,7 @@
 """The contract of a data set: what training, evaluation and analyses use."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -17,13 +17,9 @@ class Dataset(Protocol):
   images, for what only asks for sizes.
   """
 
-  @property
-  def resident(self) -> bool:
-    """Whether `inputs` yields one array of all images, for every device.
-
-    False: it yields global batches, to be split over the devices.
-    """
-    ...
+  # Whether `inputs` yields one array of all images, for every device; if not,
+  # it yields batches to be split over the devices.
+  resident: ClassVar[bool]
 
   @property
   def name(self) -> str:
@@ -62,7 +58,7 @@ class Dataset(Protocol):
 
   def inputs(
     self, place: Callable[[Any], Any], config: ConfigDict, start_step: int
-  ) -> Iterator[tuple[Any, list[str]]]:
+  ) -> Generator[tuple[Any, list[str]]]:
     """Yields what each training step takes, from `start_step` on, forever.
 
     What a step takes is a function of the seed and its number alone. Close the

@@ -1,6 +1,7 @@
 """The fields of a recipe's `data`: which a data set has, and their values."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -10,77 +11,34 @@ from skipinit_jax.errors import InputError, unknown
 MOST = 2**31 - 1
 LARGEST = 2**34  # Bytes of all synthetic images.
 
-
-class Field(NamedTuple):
-  """What a field may hold.
-
-  Attributes:
-    kind: str, int, float (a whole number will do), or tuple (two numbers, the
-      lower one first).
-    low, high: lowest and highest number.
-  """
-
-  kind: type
-  low: float = 0
-  high: float = MOST
-
-  def accepts(self, value: Any) -> bool:
-    """Whether this is such a value."""
-    if self.kind is str:
-      return isinstance(value, str)
-    numbers = value if self.kind is tuple else (value, value)
-    kinds = int if self.kind is int else int | float
-    return (
-      isinstance(numbers, tuple)
-      and len(numbers) == 2
-      and all(isinstance(n, kinds) for n in numbers)
-      and not isinstance(value, bool)
-      and self.low <= numbers[0] <= numbers[1] <= self.high
-    )
-
-  def __str__(self) -> str:
-    if self.kind is str:
-      return 'a string'
-    if self.kind is tuple:
-      return (
-        f'two numbers, the lower one first, above 0 and at most {self.high:g}'
-      )
-    kind = 'an integer' if self.kind is int else 'a number'
-    return f'{kind} from {self.low} to {self.high}'
-
-
-# Of every data set.
-COMMON = {
-  'validation': Field(int),
-  'mixup': Field(float, 0, 1000),
-  'cutmix': Field(float, 0, 1000),
-  'bad_share': Field(float, 0, 1),
-}
+# Field -> its type, lowest and highest value; a tuple holds two numbers, the
+# lower one first.
+TEXT = (str, 0, 0)
 FILES = {
-  'dir': Field(str),
-  'train_split': Field(str),
-  'eval_split': Field(str),
-  'train_size': Field(int),
-  'eval_size': Field(int),
-  'image_size': Field(int, 1, 2**12),
-  'eval_resize': Field(int, 1, 2**13),
-  'area': Field(tuple, 1e-6, 1),
-  'aspect': Field(tuple, 1e-6, 100),
-  'workers': Field(int, 0, 2**10),
+  'dir': TEXT,
+  'train_split': TEXT,
+  'eval_split': TEXT,
+  'train_size': (int, 0, MOST),
+  'eval_size': (int, 0, MOST),
+  'image_size': (int, 1, 2**12),
+  'eval_resize': (int, 1, 2**13),
+  'area': (tuple, 1e-6, 1),
+  'aspect': (tuple, 1e-6, 100),
+  'workers': (int, 0, 2**10),
 }
 SYNTHETIC = {
-  'height': Field(int, 1, 4096),
-  'width': Field(int, 1, 4096),
-  'channels': Field(int, 1, 4096),
-  'num_classes': Field(int, 1, 10**6),
-  'train_size': Field(int, 1),
-  'eval_size': Field(int, 1),
+  'height': (int, 1, 4096),
+  'width': (int, 1, 4096),
+  'channels': (int, 1, 4096),
+  'num_classes': (int, 1, 10**6),
+  'train_size': (int, 1, MOST),
+  'eval_size': (int, 1, MOST),
 }
 # Data set -> the fields that it has beside those of all.
-FIELDS: dict[str, dict[str, Field]] = {
+FIELDS: dict[str, Mapping[str, tuple[type, float, float]]] = {
   'digits': {},
-  'cifar10': {'dir': Field(str)},
-  'cifar100': {'dir': Field(str)},
+  'cifar10': {'dir': TEXT},
+  'cifar100': {'dir': TEXT},
   'imagenet2012': FILES,
   'tfds': FILES,
   'folder': FILES,
@@ -97,14 +55,19 @@ def check_fields(config: ConfigDict) -> None:
   if config.name not in FIELDS:
     raise InputError(unknown('data set', config.name, FIELDS))
   own = FIELDS[config.name]
-  for name, field in (COMMON | own).items():
+  for name, (kind, low, high) in own.items():
     if name not in config:
       raise InputError(
         f'data.name={config.name!r} needs data.{name}, which this recipe '
         f'does not have; start from a recipe of {config.name}'
       )
-    if not field.accepts(config[name]):
-      raise InputError(f'data.{name}={config[name]!r}: expected {field}')
+    if not _accepts(config[name], kind, low, high):
+      expected = {
+        str: 'a string',
+        int: f'an integer from {low} to {high}',
+        tuple: f'two numbers, the lower one first, from {low:g} to {high:g}',
+      }[kind]
+      raise InputError(f'data.{name}={config[name]!r}: expected {expected}')
   if own is FILES and config.eval_resize < config.image_size:
     raise InputError(
       f'data.eval_resize={config.eval_resize}: expected at least '
@@ -127,6 +90,19 @@ def check_fields(config: ConfigDict) -> None:
       )
 
 
+def _accepts(value: Any, kind: type, low: float, high: float) -> bool:
+  if not isinstance(value, kind) or isinstance(value, bool):
+    return False
+  if kind is str:
+    return True
+  numbers = value if isinstance(value, tuple) else (value, value)
+  return (
+    len(numbers) == 2
+    and all(isinstance(number, int | float) for number in numbers)
+    and low <= numbers[0] <= numbers[1] <= high
+  )
+
+
 def hold_out(config: ConfigDict, size: int) -> tuple[np.ndarray, np.ndarray]:
   """Draws the `data.validation` training images to evaluate on.
 
@@ -142,7 +118,7 @@ def hold_out(config: ConfigDict, size: int) -> tuple[np.ndarray, np.ndarray]:
     InputError: none would be left to train on.
   """
   count = config.validation
-  if not count < size:
+  if not 0 < count < size:
     raise InputError(
       f'data.validation={count}: expected fewer than the {size} images of '
       f"{config.name}'s training split"

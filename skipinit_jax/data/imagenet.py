@@ -3,6 +3,7 @@
 import functools
 import re
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from skipinit_jax.data.extras import require
@@ -56,19 +57,23 @@ def label_of(name: str) -> int | None:
   return None
 
 
-def check_archives(folder: Path, allow_counts: bool = False) -> tuple[int, int]:
+def wrong_sizes(sizes: Mapping[str, int]) -> list[str]:
+  """A line for each split that has not its published number of images."""
+  return [
+    f'{split}: {sizes.get(split, 0):,} images, not {size:,}'
+    for split, size in SIZES.items()
+    if sizes.get(split) != size
+  ]
+
+
+def check_archives(folder: Path) -> None:
   """Checks both archives by the names of their members.
 
-  tfds gives validation labels by the rank of a name among the names that it
-  finds: with one file missing, all that follow get a wrong label, in silence.
+  tfds labels a validation image by the rank of its name among those it finds:
+  one missing file silently mislabels all that follow.
 
   Args:
     folder: of the archives.
-    allow_counts: fewer classes and fewer validation images are fine, as long
-      as their labels come out right; for tests.
-
-  Returns:
-    Numbers of classes and of validation images.
 
   Raises:
     InputError: an archive is missing, cut off, or not what was published.
@@ -80,24 +85,18 @@ def check_archives(folder: Path, allow_counts: bool = False) -> tuple[int, int]:
         f'{" and ".join(ARCHIVES)}, from https://image-net.org'
       )
   train, validation = (_members(folder / name) for name in ARCHIVES)
-  wanted = {f'{synset}.tar' for synset in synsets()}
-  strange = sorted(set(train) - wanted)
-  missing = sorted(wanted - set(train))
-  if strange or (missing and not allow_counts) or not train:
-    raise InputError(
-      f'{ARCHIVES[0]} must hold an archive for each of the 1000 classes; '
-      + _difference(len(train), strange, missing)
-    )
-  count = len(validation) if allow_counts else SIZES['validation']
-  expected = [f'ILSVRC2012_val_{n + 1:08d}.JPEG' for n in range(count)]
-  strange = sorted(set(validation) - set(expected))
-  missing = sorted(set(expected) - set(validation))
-  if strange or missing or not validation:
-    raise InputError(
-      f'{ARCHIVES[1]} must hold the images ILSVRC2012_val_00000001.JPEG to '
-      f'{count:08d}.JPEG; ' + _difference(len(validation), strange, missing)
-    )
-  return len(train), len(validation)
+  _check_members(
+    f'{ARCHIVES[0]} must hold an archive for each of the 1000 classes',
+    train,
+    {f'{synset}.tar' for synset in synsets()},
+  )
+  count = SIZES['validation']
+  _check_members(
+    f'{ARCHIVES[1]} must hold the images ILSVRC2012_val_00000001.JPEG to '
+    f'{count:08d}.JPEG',
+    validation,
+    {f'ILSVRC2012_val_{n + 1:08d}.JPEG' for n in range(count)},
+  )
 
 
 def _members(path: Path) -> list[str]:
@@ -112,9 +111,13 @@ def _members(path: Path) -> list[str]:
   return names
 
 
-def _difference(count: int, strange: list[str], missing: list[str]) -> str:
-  parts = [f'it holds {count} members']
-  for what, names in (('not expected', strange), ('missing', missing)):
+def _check_members(rule: str, found: list[str], wanted: set[str]) -> None:
+  parts = [f'{rule}; it holds {len(found)} members']
+  for what, names in (
+    ('not expected', set(found) - wanted),
+    ('missing', wanted - set(found)),
+  ):
     if names:
-      parts.append(f'{len(names)} {what} (the first: {names[0]})')
-  return ', '.join(parts)
+      parts.append(f'{len(names)} {what} (the first: {min(names)})')
+  if len(parts) > 1:
+    raise InputError(', '.join(parts))

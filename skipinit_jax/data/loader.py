@@ -2,18 +2,17 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 
-from skipinit_jax.data.crops import CentralCrop, Crop, RandomCrop, mirror, read
+from skipinit_jax.data.crops import CentralCrop, RandomCrop, mirror, read
 from skipinit_jax.data.decode import DecodeError
 from skipinit_jax.data.extras import require
 from skipinit_jax.data.reading import Unreadable
-from skipinit_jax.data.records import Records, check_label
+from skipinit_jax.data.records import Records, read_record
 from skipinit_jax.errors import InputError, RunError
-from skipinit_jax.files import retry
 
 NEIGHBOURS = 100  # Records that are tried in place of a broken one.
 
@@ -29,7 +28,7 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Crops:
+class Crops:
   """Makes batches of a split's records; picklable.
 
   Attributes:
@@ -51,12 +50,15 @@ class _Crops:
     }
 
   def fill(
-    self, batch: dict[str, Any], row: int, index: int, crop: Crop
+    self,
+    batch: dict[str, Any],
+    row: int,
+    index: int,
+    crop: RandomCrop | CentralCrop,
   ) -> tuple[str, str] | None:
     """Fills a row, or returns the name of a broken record and the reason."""
     try:
-      record = retry(lambda: self.records[index])
-      check_label(record, self.num_classes)
+      record = read_record(self.records, index, self.num_classes)
       read(record.data, crop, batch['image'][row])
     except Unreadable as error:
       return error.name, error.reason
@@ -67,7 +69,7 @@ class _Crops:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomCrops(_Crops):
+class RandomCrops(Crops):
   """Results of `Draw` -> a batch to train on.
 
   Attributes:
@@ -90,15 +92,16 @@ class RandomCrops(_Crops):
     return batch
 
   def _fill_whole(
-    self, batch: dict[str, Any], row: int, position: int, crop: Crop
+    self, batch: dict[str, Any], row: int, position: int, crop: RandomCrop
   ) -> None:
     """Fills a row with an image, or with the next one that is whole."""
     size = len(self.records)
-    flaw = None
+    flaw = '', ''
     for step in range(min(NEIGHBOURS, size)):
-      flaw = self.fill(batch, row, (position + step) % size, crop)
-      if flaw is None:
+      found = self.fill(batch, row, (position + step) % size, crop)
+      if found is None:
         return
+      flaw = found
       if step == 0:  # The others are counted when it is their turn.
         batch['broken'].append(flaw)
     raise InputError(
@@ -108,7 +111,7 @@ class RandomCrops(_Crops):
 
 
 @dataclasses.dataclass(frozen=True)
-class CentralCrops(_Crops):
+class CentralCrops(Crops):
   """Positions in the split -> a batch to evaluate on, with its `mask`.
 
   Attributes:
@@ -122,7 +125,7 @@ class CentralCrops(_Crops):
     batch = self.empty(len(positions))
     mask = np.array(positions) < len(self.records)
     crop = CentralCrop(self.size, self.resize)
-    for row in np.flatnonzero(mask):
+    for row in range(mask.sum()):
       if flaw := self.fill(batch, row, positions[row], crop):
         batch['broken'].append(flaw)
         batch['label'][row] = -1
@@ -135,11 +138,11 @@ def brief(flaw: tuple[str, str]) -> str:
   return f'{name[-35:]}: {reason[:28]}'
 
 
-def iterate(dataset: Any, workers: int) -> Iterator[dict[str, Any]]:
+def iterate(dataset: Any, workers: int) -> Generator[Any]:
   """Yields the elements of a Grain MapDataset in order, made ahead of time.
 
   Args:
-    dataset: of batches.
+    dataset: of elements that are costly to make, such as batches.
     workers: processes that make them; 0: threads of this one.
 
   Raises:

@@ -9,7 +9,9 @@ from tqdm import tqdm
 
 from skipinit_jax.data import imagenet
 from skipinit_jax.data.extras import require
-from skipinit_jax.data.records import open_source, spread
+from skipinit_jax.data.records import Records, sample
+from skipinit_jax.data.sources import open_source
+from skipinit_jax.data.tfds import INFO
 from skipinit_jax.errors import InputError
 
 DOWNLOADED = ('cifar10', 'cifar100')
@@ -20,7 +22,6 @@ def prepare(
   name: str,
   data_dir: Path,
   manual_dir: Path | None = None,
-  allow_counts: bool = False,
 ) -> str:
   """Prepares a data set in `data_dir` by its own tfds builder.
 
@@ -31,7 +32,6 @@ def prepare(
     name: imagenet2012, cifar10 or cifar100.
     data_dir: where tfds' data sets live.
     manual_dir: of imagenet2012's two archives.
-    allow_counts: see `imagenet.check_archives`.
 
   Returns:
     What it made, one line.
@@ -50,30 +50,26 @@ def prepare(
         f'--manual-dir is missing: the folder of {imagenet.ARCHIVES[0]} and '
         f'{imagenet.ARCHIVES[1]}'
       )
-    classes, count = imagenet.check_archives(manual_dir, allow_counts)
-    print(f'archives: {classes} classes, {count} validation images', flush=True)
+    imagenet.check_archives(manual_dir)
     _check_space(data_dir, manual_dir)
   folder, made = _run_builder(name, data_dir, manual_dir)
-  splits = {split: _count(name, folder, split) for split in _splits(folder)}
-  if name == imagenet.NAME and not allow_counts:
-    check_sizes(splits)
+  source = open_source(name, folder)
+  splits = {split: source.open(split) for split in source.splits}
+  sizes = {split: len(records) for split, records in splits.items()}
+  if name == imagenet.NAME:
+    for split, records in splits.items():
+      _check_labels(split, records, folder)
+    if wrong := imagenet.wrong_sizes(sizes):
+      raise InputError(
+        f'{wrong[0]}; the archive of imagenet2012 is not the published one'
+      )
   size = sum(file.stat().st_size for file in folder.iterdir())
-  counts = ', '.join(f'{split} {count:,}' for split, count in splits.items())
+  counts = ', '.join(f'{split} {count:,}' for split, count in sizes.items())
   seconds = time.perf_counter() - began
   verb = 'made' if made else 'already there:'
   return (
     f'{verb} {folder}: {counts} images, {size / 1e9:.3f} GB, {seconds:.0f} s'
   )
-
-
-def check_sizes(sizes: dict[str, int]) -> None:
-  """Raises InputError unless these are imagenet2012's sizes."""
-  for split, size in imagenet.SIZES.items():
-    if sizes.get(split) != size:
-      raise InputError(
-        f"imagenet2012's {split} split must have {size:,} images, not "
-        f'{sizes.get(split, 0):,}; its archive is not the published one'
-      )
 
 
 def _check_space(data_dir: Path, manual_dir: Path) -> None:
@@ -99,7 +95,7 @@ def _run_builder(
   builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
   folder = Path(builder.data_dir)
   if folder.exists():
-    if not (folder / 'dataset_info.json').is_file():
+    if not (folder / INFO).is_file():
       raise InputError(
         f'{folder} exists but holds no prepared data set; remove it first'
       )
@@ -117,22 +113,13 @@ def _run_builder(
   return folder, True
 
 
-def _splits(folder: Path) -> list[str]:
-  tfds = require('tensorflow_datasets')
-  return list(tfds.builder_from_directory(folder).info.splits)
-
-
-def _count(name: str, folder: Path, split: str) -> int:
-  """Number of records; checks the labels of a sample against their names."""
-  source = open_source(name, folder)
-  records = source.open(split)
-  if name == imagenet.NAME:
-    for index in tqdm(spread(len(records), SAMPLED), f'labels of {split}'):
-      record = records[index]
-      expected = imagenet.label_of(record.name)
-      if expected is not None and expected != record.label:
-        raise InputError(
-          f'{record.name} has label {record.label}, not {expected}; remove '
-          f'{folder} and prepare it again from the published archives'
-        )
-  return len(records)
+def _check_labels(split: str, records: Records, folder: Path) -> None:
+  """Compares the labels of a sample with what the images' names imply."""
+  for index in tqdm(sample(len(records), SAMPLED), f'labels of {split}'):
+    record = records[index]
+    expected = imagenet.label_of(record.name)
+    if expected is not None and expected != record.label:
+      raise InputError(
+        f'{record.name} has label {record.label}, not {expected}; remove '
+        f'{folder} and prepare it again from the published archives'
+      )

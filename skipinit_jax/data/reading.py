@@ -31,6 +31,9 @@ class Unreadable(ValueError):
     super().__init__(name, reason)
     self.name, self.reason = name, reason
 
+  def __str__(self) -> str:
+    return self.reason
+
 
 def read_image(path: str, name: str) -> bytes:
   """The bytes of an image file.

@@ -1,12 +1,11 @@
-"""Data sets small enough to live on the device: digits, synthetic images.
+"""Data sets small enough to live on the device.
 
-Training costs the host nothing per step: the arrays are on the device, and the
-choice and augmentation of a batch is a pure function of (seed, step) that runs
-inside the training step.
+Training costs the host nothing per step: the training step itself chooses and
+augments its batch, a pure function of (seed, step).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -14,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from skipinit_jax.data.augment import Augmentation
+from skipinit_jax.data.augment import Augmentation, make_augmentation
+from skipinit_jax.data.fields import hold_out
 from skipinit_jax.errors import InputError
 
 
@@ -24,9 +24,8 @@ class Resident:
 
   Attributes:
     name: for messages.
-    images, labels: to train on; uint8 (n, height, width, channels), integers
-      (n,) in [0, num_classes).
-    eval_images, eval_labels: to evaluate on, likewise.
+    images, eval_images: uint8 (n, height, width, channels).
+    labels, eval_labels: integers (n,) in [0, num_classes).
     augmentation: from these to what the network takes.
 
   Raises:
@@ -74,17 +73,11 @@ class Resident:
 
   def inputs(
     self, place: Callable[[Any], Any], config: ConfigDict, start_step: int
-  ) -> Iterator[tuple[tuple[jax.Array, jax.Array], list[str]]]:
-    """What each step takes: all of the images, put on the devices once.
+  ) -> Generator[tuple[Any, list[str]]]:
+    """Yields all images, put on the devices once; see `Dataset.inputs`.
 
-    Args:
-      place: puts a tree of arrays on the devices.
-      config, start_step: make no difference here.
-
-    Yields:
-      (images, labels), and the names of unreadable images, none; without end.
-      Images are rows, uint8 (n, height * width * channels): a TPU lays pixels
-      out so that choosing some images would copy all of them in every step.
+    As rows: a TPU lays pixels out so that choosing some images would copy all
+    of them in every step.
     """
     del config, start_step
     rows = self.images.reshape(self.train_size, -1)
@@ -100,18 +93,7 @@ class Resident:
     batch_size: int,
     examples: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    """Images of the global batch of a step; pure, on the device.
-
-    Args:
-      inputs: one element of `inputs`.
-      key: the run's data key, the same on every device and step.
-      step: number of the step from 0, an integer scalar.
-      batch_size: of the global batch.
-      examples: int32 (n,), indices of the images wanted in the global batch.
-
-    Returns:
-      Images, uint8 (n, height, width, channels); and labels, int32 (n,).
-    """
+    """Takes the images of a step by `batch_indices`; see `Dataset.choose`."""
     images, labels = inputs
     index = batch_indices(key, step, batch_size, self.train_size)[examples]
     return images[index].reshape(-1, *self.image_shape), labels[index]
@@ -119,13 +101,7 @@ class Resident:
   def eval_batches(
     self, batch_size: int, process_index: int = 0, process_count: int = 1
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Every evaluation image once: (images uint8, labels int32, mask bool).
-
-    Args:
-      batch_size: over all processes; the last batch is filled up with rows
-        whose mask is False.
-      process_index, process_count: whose rows of each batch to give.
-    """
+    """Yields every evaluation image once; see `Dataset.eval_batches`."""
     share = batch_size // process_count
     for start in range(0, self.eval_size, batch_size):
       rows = start + share * process_index + np.arange(share)
@@ -133,6 +109,40 @@ class Resident:
       rows = np.where(mask, rows, 0)
       labels = self.eval_labels[rows].astype(np.int32)
       yield self.eval_images[rows], labels, mask
+
+
+def make_resident(
+  config: ConfigDict,
+  images: np.ndarray,
+  labels: np.ndarray,
+  eval_images: np.ndarray,
+  eval_labels: np.ndarray,
+  num_classes: int,
+) -> Resident:
+  """Makes a data set of all its images and a recipe's `data`.
+
+  Holds out the validation images, and normalizes by the others.
+
+  Raises:
+    InputError: too many images held out, or see `Resident`.
+  """
+  if config.validation:
+    rest, held = hold_out(config, len(images))
+    eval_images, eval_labels = images[held], labels[held]
+    images, labels = images[rest], labels[rest]
+  axes = (0, 1, 2)
+  mean, std = images.mean(axes, np.float64), images.std(axes, np.float64)
+  augmentation = make_augmentation(
+    config, num_classes, images.shape[1:], mean, np.maximum(std, 1e-3)
+  )
+  return Resident(
+    name=config.name,
+    images=images,
+    labels=labels,
+    eval_images=eval_images,
+    eval_labels=eval_labels,
+    augmentation=augmentation,
+  )
 
 
 def batch_indices(

@@ -6,10 +6,10 @@ from typing import NoReturn
 import numpy as np
 from ml_collections import ConfigDict
 
+from skipinit_jax.data.augment import make_augmentation
 from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.data.fields import check_fields, hold_out
 from skipinit_jax.data.resident import Resident
-from skipinit_jax.data.sources import augmentation
 from skipinit_jax.data.stream import Stream
 from skipinit_jax.errors import InputError
 
@@ -59,18 +59,12 @@ def stand_in(config: ConfigDict) -> Dataset:
     )
   if config.validation:
     train_size, eval_size = map(len, hold_out(config, train_size))
-  augment = augmentation(
+  augment = make_augmentation(
     config, classes, shape, *np.full((2, shape[-1]), 127.5)
   )
   if config.name == 'imagenet2012':
-    return Stream(
-      name=config.name,
-      train=_NoRecords(train_size),
-      evaluation=_NoRecords(eval_size),
-      augmentation=augment,
-      image_size=side,
-      eval_resize=config.eval_resize,
-    )
+    train, evaluation = _NoRecords(train_size), _NoRecords(eval_size)
+    return Stream(config, train, evaluation, augment)
   # Arrays of one element, repeated without memory.
   zero = np.zeros((), np.uint8)
   return Resident(
