@@ -12,10 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import cifar10, digits, imagenet, synthetic
+from configs import cifar10, digits
 from skipinit_jax.ahead_of_time import __main__ as command_line
 from skipinit_jax.ahead_of_time import chips, measure
-from skipinit_jax.data import open_dataset
 from skipinit_jax.data.stand_in import stand_in
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import WideResNet
@@ -39,46 +38,6 @@ def recipe(**fields):
   config.eval_batch_size = 8 * jax.device_count()
   config.update(fields)
   return config
-
-
-@pytest.mark.parametrize('recipe', [digits, synthetic])
-def test_stand_in_has_the_sizes_of_the_data(recipe):
-  config = recipe.get_config().data
-  config.validation = 7
-  data, real = stand_in(config), open_dataset(config)
-  for field in (
-    'name',
-    'num_classes',
-    'image_shape',
-    'train_size',
-    'eval_size',
-    'resident',
-  ):
-    assert getattr(data, field) == getattr(real, field), field
-
-
-def test_stand_in_chooses_as_the_data_does():
-  config = digits.get_config().data
-  data, real = stand_in(config), open_dataset(config)
-  args = ((real.images, real.labels), jax.random.key(1), 3, 32, np.arange(32))
-  for a, b in zip(data.choose(*args), real.choose(*args), strict=True):
-    np.testing.assert_array_equal(a, b)
-
-
-def test_imagenet_is_streamed_and_needs_no_file():
-  config = imagenet.get_config().data
-  data = stand_in(config)
-  assert (data.image_shape, data.num_classes) == ((224, 224, 3), 1000)
-  assert (data.train_size, data.resident) == (config.train_size, False)
-  assert data.choose('batch', None, 0, 8, None) == 'batch'
-  assert data.augmentation.flip == config.flip
-
-
-def test_data_whose_sizes_nobody_told_is_an_error():
-  config = imagenet.get_config().data
-  config.name = 'folder'
-  with pytest.raises(InputError, match="'folder': its sizes are not in the"):
-    stand_in(config)
 
 
 @pytest.fixture(scope='module')

@@ -10,6 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
+from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.training import train
 from skipinit_jax.training.network import build_model, init_variables
 from skipinit_jax.training.saved import Saved, load_run
@@ -55,7 +56,7 @@ def trained(config: ConfigDict, workdir: Path, images: int = 360) -> Network:
   return of_run(load_run(workdir), images)
 
 
-def _some_images(data: Any, number: int) -> Iterator[Any]:
+def _some_images(data: Dataset, number: int) -> Iterator[Any]:
   """The first images to evaluate on, normalized, and their labels."""
   batch, labels, mask = next(iter(data.eval_batches(number)))
   seen = int(mask.sum())

@@ -1,4 +1,4 @@
-"""What happens to images on the device, on their way into the network."""
+"""Augmentation and normalization of images, on the device."""
 
 import dataclasses
 
@@ -12,14 +12,14 @@ from skipinit_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """From uint8 images and labels to what the network and the loss take.
+  """Makes uint8 images and labels into what the network and the loss take.
 
-  Pure; everything random is keyed by an image's place in the global batch, so
-  that cutting the batch over devices or into micro-batches changes nothing.
+  Pure. Random numbers depend on an image's index in the global batch, so that
+  splitting the batch over devices or into micro-batches changes nothing.
 
   Attributes:
     num_classes: of the targets.
-    mean, std: of the training images (channels,), on the scale of 0 to 255.
+    mean, std: (channels,), of the training images, on the scale of 0 to 255.
     shift: largest shift in pixels of pad-and-crop, or 0.
     flip: mirror half of the training images.
     cutout: side of the square set to the mean, or 0.
@@ -134,7 +134,7 @@ def shift(key: jax.Array, image: jax.Array, pixels: int) -> jax.Array:
 
 
 def flip(key: jax.Array, image: jax.Array) -> jax.Array:
-  """Mirrors an image (height, width, channels) left to right, one in two."""
+  """Mirrors an image (height, width, channels) with probability 1/2."""
   return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
@@ -144,8 +144,8 @@ def cutout(key: jax.Array, image: jax.Array, size: int) -> jax.Array:
   Args:
     key: scalar PRNG key.
     image: (height, width, channels), normalized.
-    size: side of the square in pixels; its centre lies anywhere in the image,
-      so that part of it may fall outside.
+    size: side of the square in pixels. Its centre is anywhere in the image, so
+      that part of it may be outside.
   """
   height, width, _ = image.shape
   row_key, column_key = jax.random.split(key)
@@ -164,9 +164,9 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
   """Mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) of neighbours.
 
-  Images 2p and 2p+1 of the global batch, which come in random order, are mixed
-  with each other, with a share drawn from (key, p): cutting the batch into even
-  parts changes nothing. Where both are on, each pair is given to one of them.
+  Images 2p and 2p+1 of the global batch, which is in random order, are mixed
+  with each other, with a share drawn from (key, p): splitting the batch into
+  even parts changes nothing. If both are on, each pair gets one of them.
 
   Args:
     key: scalar PRNG key, of the step.
@@ -183,7 +183,7 @@ def mix(
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, examples[::2] // 2)
 
   def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What stays of the image itself: weights (height, width), their mean."""
+    """The weight of the image itself: (height, width, 1), and its mean."""
     which_key, blend_key, box_key = jax.random.split(key, 3)
     ones = jnp.ones((height, width, 1))
     blend = ones
@@ -212,7 +212,7 @@ def _blend(x: jax.Array, weights: jax.Array) -> jax.Array:
 def _cutmix_box(
   key: jax.Array, alpha: float, height: int, width: int
 ) -> jax.Array:
-  """A box of share 1 - Beta(alpha, alpha) of the image, cut at its edges."""
+  """A box with a share 1 - Beta(alpha, alpha) of the image, clipped to it."""
   share_key, row_key, column_key = jax.random.split(key, 3)
   side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
   box = (side * jnp.array([height, width])).astype(jnp.int32)

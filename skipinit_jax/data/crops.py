@@ -1,4 +1,4 @@
-"""Which part of an image is shown, and its resize to a fixed size."""
+"""Random and central crops of images, resized to a fixed size."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 from skipinit_jax.data.decode import SHRINKS, decode, jpeg_size
 from skipinit_jax.data.extras import require
 
-TRIES = 10  # Draws of a random crop before the central one is taken.
+TRIES = 10  # Random boxes that are tried before the central one is taken.
 
 
 class Box(NamedTuple):
@@ -31,9 +31,8 @@ class RandomCrop:
     size: of the output.
     area: least and largest share of the image's area.
     aspect: least and largest width / height, drawn evenly in the logarithm.
-    draws: uniform numbers in [0, 1), `RandomCrop.DRAWS` of them: all the
-      randomness there is, so that a neighbour can be cropped in an image's
-      place without another draw.
+    draws: `RandomCrop.DRAWS` uniform numbers in [0, 1). There is no other
+      randomness: another image can be cropped with the same draws.
   """
 
   DRAWS = 2 * TRIES + 2
@@ -44,7 +43,7 @@ class RandomCrop:
   draws: list[float]
 
   def box(self, height: int, width: int) -> Box:
-    """The first draw that fits, else the central box of nearest aspect."""
+    """The first box that fits, else the central one of the nearest aspect."""
     low, high = (math.log(value) for value in self.aspect)
     down, right, *shapes = self.draws
     for share, ratio in zip(shapes[::2], shapes[1::2], strict=True):
@@ -66,8 +65,8 @@ class RandomCrop:
 class CentralCrop:
   """The middle `size` x `size` of an image whose shorter side is `resize`.
 
-  The box is taken from the image first and resized after: the same picture up
-  to the rounding of the box to whole pixels, at less cost.
+  The box is cut out first and resized afterwards: cheaper, and the same picture
+  except that the box is rounded to whole pixels.
   """
 
   size: int
@@ -95,10 +94,10 @@ def read(data: bytes, crop: RandomCrop | CentralCrop, out: np.ndarray) -> None:
     pixels = decode(data).pixels
     box = crop.box(*pixels.shape[:2])
   top, left, height, width = box
-  # Bilinear without antialiasing, in training and in evaluation: what the
-  # field's pipelines do (tf.data's agrees to one level of 255), and evaluation
-  # then shows the network pictures as sharp as those that it learnt from.
-  # What would be shrunk to less than half is averaged by the decoder instead.
+  # Bilinear without antialiasing, as in most pipelines (tf.data's agrees to one
+  # level of 255), and in evaluation too, so that its images are as sharp as
+  # those of training. Where an image would shrink to less than half, the
+  # decoder averages its pixels.
   part = pixels[top : top + height, left : left + width]
   cv2 = _cv2()
   size = crop.size, crop.size
@@ -113,18 +112,18 @@ def mirror(image: np.ndarray) -> None:
 @functools.cache
 def _cv2() -> ModuleType:
   cv2 = require('cv2')
-  cv2.setNumThreads(0)  # Its threads would fight with the loader's.
+  cv2.setNumThreads(0)  # Its threads would compete with the loader's.
   return cv2
 
 
 def _shrink(box: Box, size: int) -> int:
-  """The largest scaling that leaves the box at least as large as the output."""
+  """The largest shrinking that leaves the box no smaller than the output."""
   side = min(box.height, box.width)
   return next((shrink for shrink in SHRINKS if side >= shrink * size), 1)
 
 
 def _scaled(box: Box, down: float, right: float) -> Box:
-  """The box in an image that was scaled by these factors."""
+  """The same box after the image was scaled by these factors."""
   top, left = round(box.top * down), round(box.left * right)
   bottom = round((box.top + box.height) * down)
   return Box(

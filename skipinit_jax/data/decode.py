@@ -8,7 +8,7 @@ import numpy as np
 
 from skipinit_jax.data.extras import require
 
-# DCT scalings that libjpeg-turbo does faster than a whole decode.
+# Scalings that libjpeg-turbo decodes faster than a whole image.
 SHRINKS = (8, 4, 2)
 
 _scratch = threading.local()
@@ -19,11 +19,11 @@ class DecodeError(ValueError):
 
 
 class Decoded(NamedTuple):
-  """Pixels, and how they were had.
+  """Pixels, and which decoder made them.
 
   Attributes:
-    pixels: uint8 (height, width, 3), RGB. They may lie in a buffer that the
-      next call of `decode` in this thread overwrites.
+    pixels: uint8 (height, width, 3), RGB; may be a buffer that the next call of
+      `decode` in this thread overwrites.
     fallback: why the strict JPEG decoder refused, or None where it did not.
   """
 
@@ -32,7 +32,7 @@ class Decoded(NamedTuple):
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-  """Height and width that a JPEG's header states, or None."""
+  """Height and width in a JPEG's header, or None if it has none."""
   simplejpeg = require('simplejpeg')
   try:
     return simplejpeg.decode_jpeg_header(data)[:2]
@@ -43,13 +43,13 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 def decode(data: bytes, shrink: int = 1) -> Decoded:
   """Decodes an image of any common format to 8-bit RGB.
 
-  EXIF rotation is not applied, as in the field's practice. No decoder is an
-  integrity check: a flipped bit in a JPEG's scan is mostly invisible.
+  EXIF rotation is not applied, as usual for ImageNet. Decoding is no integrity
+  check: most flipped bits in a JPEG's scan go unnoticed.
 
   Args:
     data: the file.
-    shrink: 2, 4, 8: a JPEG comes out smaller by this factor (sides rounded up),
-      as the mean of its pixels; the fall-back ignores it.
+    shrink: 1, 2, 4 or 8; a JPEG's sides are divided by it and rounded up, its
+      pixels averaged. The fallback ignores it.
 
   Raises:
     DecodeError: no decoder takes it, or it is cut off.
@@ -61,7 +61,7 @@ def decode(data: bytes, shrink: int = 1) -> Decoded:
     if shrink > 1:
       height, width = -(-height // shrink), -(-width // shrink)
       least = {'min_height': height, 'min_width': width, 'min_factor': shrink}
-    # A fresh array for every image costs its page faults.
+    # A new array for every image would cost page faults.
     buffer = _buffer(height * width * 3)
     return Decoded(simplejpeg.decode_jpeg(data, buffer=buffer, **least), None)
   except ValueError as error:
@@ -69,7 +69,7 @@ def decode(data: bytes, shrink: int = 1) -> Decoded:
   try:
     return Decoded(_decode_with_pillow(data), reason)
   except Exception as error:
-    # Pillow's plug-ins raise whatever they meet in a broken file.
+    # Pillow's plug-ins raise errors of many types for a broken file.
     raise DecodeError(_reason(error, reason)) from None
 
 
@@ -82,10 +82,10 @@ def _buffer(size: int) -> np.ndarray:
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
-  """PNG, GIF, CMYK, and JPEGs with flaws that do not touch the picture."""
+  """Decodes PNG, GIF, CMYK, and JPEGs with flaws outside of the picture."""
   Image = require('PIL.Image')
   with Image.open(io.BytesIO(data)) as image:
-    if image.mode.startswith('I'):  # Pillow would clip 16 bits, not scale.
+    if image.mode.startswith('I'):  # Pillow clips 16 bits instead of scaling.
       gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
       return np.repeat(gray[..., None].astype(np.uint8), 3, axis=2)
     if image.mode == 'P' and 'transparency' in image.info:

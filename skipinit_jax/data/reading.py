@@ -1,4 +1,4 @@
-"""Reading from disks: what is no image, and what is the disk's trouble.
+"""Reading image files, and telling a bad file from a failing disk.
 
 Two things keep an image from being read, and they are treated apart:
 

@@ -11,6 +11,7 @@ import optax
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
+from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training import step as steps
@@ -42,7 +43,7 @@ class Program:
   """
 
   config: ConfigDict
-  data: Any
+  data: Dataset
   model: ResNet
   tx: optax.GradientTransformation
   initial_state: Callable[[ArrayLike, ArrayLike], steps.TrainState]
@@ -52,7 +53,7 @@ class Program:
 
 
 def make_program(
-  config: ConfigDict, data: Any, devices: Sequence[Any] | None = None
+  config: ConfigDict, data: Dataset, devices: Sequence[Any] | None = None
 ) -> Program:
   """Builds the computation of `config` on `data`.
 

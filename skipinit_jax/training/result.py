@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.files import DamagedFile, read_json, set_aside, write_json
 from skipinit_jax.training.lines import (
   is_count,
@@ -72,7 +73,7 @@ def write_result(
   workdir: epath.Path,
   state: TrainState,
   reporter: Reporter,
-  data: Any,
+  data: Dataset,
   seconds: float,
 ) -> dict[str, Any]:
   """Writes `result.json`, all at once, and returns its fields.

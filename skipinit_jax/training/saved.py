@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
+from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training.changes import CONFIG, read_config
@@ -35,7 +36,7 @@ class Saved:
   """
 
   config: ConfigDict
-  data: Any
+  data: Dataset
   model: ResNet
   step: int
   variables: dict[str, Any]
