@@ -22,7 +22,7 @@ LAYERS = {
   'experiments': {'models', 'data', 'training', 'ahead_of_time'},
   'analysis': {'models', 'data', 'training'},
 }
-SHARED = {'cli', 'errors', 'files', 'plotting', 'published'}
+SHARED = {'cli', 'errors', 'files', 'markdown', 'plotting', 'published'}
 SHARED = {*SHARED, 'variants', 'version'}
 
 

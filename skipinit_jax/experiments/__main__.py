@@ -38,6 +38,7 @@ from skipinit_jax.experiments.selection import (
   wanted,
 )
 from skipinit_jax.experiments.studies import STUDIES, Grid, find_study
+from skipinit_jax.experiments.words import duration
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import load_recipe, parse_fields
@@ -238,19 +239,6 @@ def price(grid: Grid) -> str:
     f'{figures["runs"]:.0f} runs, {figures["images"] / 1e6:,.3g} million '
     f'images, {figures["flops"]:.2g} FLOPs; {where}'
   )
-
-
-def duration(seconds: float) -> str:
-  """Seconds in the unit that people would use.
-
-  >>> duration(90), duration(7200), duration(3e6)
-  ('2 minutes', '2.0 hours', '34.7 days')
-  """
-  if seconds < 3600:
-    return f'{max(seconds / 60, 1):.0f} minutes'
-  if seconds < 48 * 3600:
-    return f'{seconds / 3600:.1f} hours'
-  return f'{seconds / 86400:,.1f} days'
 
 
 if __name__ == '__main__':

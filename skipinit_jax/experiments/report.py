@@ -1,111 +1,184 @@
-"""A study's report: one page, and the same in Markdown."""
+"""A study's report: a page that needs nothing but itself, and Markdown."""
 
-import functools
-import html
 import itertools
 import re
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from skipinit_jax.experiments.figures import Drawing, cell_name, write_figures
-from skipinit_jax.experiments.page import as_page
+import jinja2
+from markupsafe import Markup, escape
+
+from skipinit_jax import markdown
+from skipinit_jax.experiments.facts import make_facts, state_of
+from skipinit_jax.experiments.figures import write_figures
+from skipinit_jax.experiments.findings import Findings
+from skipinit_jax.experiments.grid import Run
 from skipinit_jax.experiments.studies import Grid, Study
-from skipinit_jax.experiments.tables import (
-  Findings,
-  Table,
+from skipinit_jax.experiments.tables import Table, make_tables
+from skipinit_jax.experiments.words import (
+  DASH,
+  MINUS,
+  SUPERSCRIPTS,
+  cell_name,
   dataset_name,
-  make_facts,
-  make_tables,
-  state_of,
+  rate_text,
 )
 
+FILES = ('config.json', 'metrics.jsonl', 'result.json')
 
-def write_report(
-  study: Study,
-  grid: Grid,
-  dataset: str,
-  workdir: Path,
-  problems: Sequence[str] = (),
-) -> Path:
+
+class RunLine(NamedTuple):
+  """A run in the report; `numbers` are of its outcome, `files` names."""
+
+  id: str
+  split: str
+  rate: str
+  seed: int
+  numbers: list[str]
+  files: list[str]
+  command: str
+
+
+class CellRuns(NamedTuple):
+  """The runs of a cell in the report."""
+
+  name: str
+  anchor: str
+  done: int
+  runs: list[RunLine]
+
+
+def write_report(study: Study, grid: Grid, dataset: str, workdir: Path) -> Path:
   """Writes report.html, report.md and the figures of both.
 
   Args:
-    study: that is reported, finished or not.
-    grid: of the study for the data set.
+    study: the study, finished or not.
+    grid: the study's grid for the data set.
     dataset: its name.
-    workdir: of the study, with its runs.
-    problems: lines to be shown, besides those on files that can't be read.
+    workdir: the study's folder, with its runs.
 
   Returns:
     The path of report.html.
   """
-  findings = Findings(study, grid, dataset, workdir, problems)
-  drawings = write_figures(
-    workdir / 'figures',
-    grid,
-    findings.summaries,
-    functools.cache(findings.curve),
-    findings.chance,
-    rates_curve=study.rates_curve,
-  )
-  tables = list(make_tables(findings))
-  facts = make_facts(findings)
-  for name, render in (('report.html', as_page), ('report.md', as_markdown)):
-    text = render(findings, tables, drawings, facts)
-    (workdir / name).write_text(text, encoding='utf-8')
-  return workdir / 'report.html'
+  content = make_content(Findings(study, grid, dataset, workdir))
+  page, text = workdir / 'report.html', workdir / 'report.md'
+  page.write_text(_html().get_template(page.name).render(content), 'utf-8')
+  text.write_text(_markdown().get_template(text.name).render(content), 'utf-8')
+  return page
 
 
-def as_markdown(
-  findings: Findings,
-  tables: Sequence[Table],
-  drawings: Sequence[Drawing],
-  facts: Sequence[tuple[str, str]],
-) -> str:
-  """The report in Markdown; of commands, one a cell."""
-  study, state = findings.study, state_of(findings)
-  parts = [
-    f'# {_plain(study.title)}: {_plain(dataset_name(findings.dataset))}',
-    _plain(study.question),
-    *([f'**{_plain(state)}**'] if state else []),
-    'All runs, with their commands and files: [report.html](report.html).',
-    '## Results',
-  ]
-  for table in tables:
-    heads = [
-      _plain(f'{label} {name}'.strip())
-      for label, names in table.heads
-      for name in names or ['']
+def make_content(findings: Findings) -> dict[str, Any]:
+  """What both templates show."""
+  study = findings.study
+  anchors = {cell: f'runs-{i}' for i, cell in enumerate(findings.runs, 1)}
+  drawings = write_figures(findings.workdir / 'figures', findings)
+  return {
+    'study': study,
+    'title': f'{study.title}: {dataset_name(findings.dataset)}',
+    'state': state_of(findings),
+    'tables': list(make_tables(findings)),
+    'figures': [
+      (heading, list(group))
+      for heading, group in itertools.groupby(drawings, lambda d: d.heading)
+    ],
+    'facts': make_facts(findings),
+    'anchors': anchors,
+    'cells': [
+      CellRuns(
+        cell_name(findings.grid, cell),
+        anchors[cell],
+        findings.done(runs),
+        [_run_line(findings, run) for run in runs],
+      )
+      for cell, runs in findings.runs.items()
+    ],
+    'problems': findings.problems,
+  }
+
+
+def _run_line(findings: Findings, run: Run) -> RunLine:
+  numbers = ['not done', '', '', '', '']
+  if outcome := findings.outcomes.get(run.id):
+    numbers = [
+      outcome.status,
+      f'{100 * outcome.top1:.2f}',
+      DASH if outcome.loss is None else f'{outcome.loss:.4g}',
+      f'{outcome.steps:,}',
+      f'{outcome.seconds:,.1f}',
     ]
-    lines = [heads, ['---'] * len(heads)]
-    lines += [[_plain(entry.text) for entry in row] for row in table.rows]
-    parts.append(f'**{_plain(table.caption)}**')
-    parts.append('\n'.join(f'| {" | ".join(line)} |' for line in lines))
-    parts += ['\n'.join(f'- {_plain(n)}' for n in table.notes)]
-  parts.append('## Figures')
-  for heading, group in itertools.groupby(drawings, lambda d: d.heading):
-    parts.append(f'### {_plain(heading)}')
-    for drawing in group:
-      parts.append(f'![{_plain(heading)}](figures/{drawing.name}.png)')
-      parts.append(_plain(drawing.caption))
-  parts.append('## How the numbers came about')
-  parts.append('\n'.join(f'- **{_plain(k)}.** {_plain(v)}' for k, v in facts))
-  parts.append('## Commands')
-  parts.append(
-    'Of each cell the last run: on the test split once a rate is chosen.'
+  folder = run.folder(findings.workdir)
+  return RunLine(
+    run.id,
+    run.split,
+    rate_text(findings.grid, run.rate),
+    run.seed,
+    numbers,
+    [name for name in FILES if (folder / name).exists()],
+    run.command(findings.workdir),
   )
-  for cell, runs in findings.runs.items():
-    command = runs[-1].command(findings.workdir)
-    fence = '`' * (3 + command.count('`'))  # That nothing in it can close.
-    parts.append(f'{_plain(cell_name(findings.grid, cell))}:')
-    parts.append(f'{fence}sh\n{command}\n{fence}')
-  if findings.problems:
-    parts.append('## Problems')
-    parts.append('\n'.join(f'- {_plain(p)}' for p in findings.problems))
-  return '\n\n'.join(part for part in parts if part) + '\n'
 
 
-def _plain(text: str) -> str:
-  """Text that Markdown and its HTML take as it is."""
-  text = html.escape(text.replace('\n', ' '), quote=False)
-  return re.sub(r'([\\`*_\[\]|#])', r'\\\1', text)
+def _environment(**options: Any) -> jinja2.Environment:
+  return jinja2.Environment(
+    loader=jinja2.PackageLoader('skipinit_jax.experiments'),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    **options,
+  )
+
+
+def _html() -> jinja2.Environment:
+  """Escapes all that is not Markup."""
+  environment = _environment(autoescape=True)
+  environment.filters['sup'] = _with_superscripts
+  environment.filters['described'] = _described
+  return environment
+
+
+def _markdown() -> jinja2.Environment:
+  """Escapes, as Markdown, all that is not Markup."""
+  environment = _environment(
+    finalize=lambda v: v if isinstance(v, Markup) else markdown.escape(str(v))
+  )
+  environment.filters['rows'] = _markdown_table
+  environment.filters['fenced'] = _fenced
+  return environment
+
+
+def _with_superscripts(text: str) -> Markup:
+  """Escaped, with powers as elements.
+
+  >>> _with_superscripts('x < 2³')
+  Markup('x &lt; 2<sup>3</sup>')
+  """
+  digits = str.maketrans(SUPERSCRIPTS, f'{MINUS}0123456789')
+  return Markup(
+    re.sub(
+      f'[{SUPERSCRIPTS}]+',
+      lambda match: f'<sup>{match[0].translate(digits)}</sup>',
+      escape(text),
+    )
+  )
+
+
+def _described(svg: str, description: str) -> Markup:
+  attributes = f'role="img" aria-label="{escape(description)}"'
+  return Markup(svg.replace('<svg ', f'<svg {attributes} ', 1))
+
+
+def _markdown_table(table: Table) -> Markup:
+  rows = [[entry.text for entry in row] for row in table.rows]
+  return Markup(
+    markdown.table(
+      [markdown.escape(text) for text in row]
+      for row in [table.flat_heads, *rows]
+    )
+  )
+
+
+def _fenced(command: str) -> Markup:
+  """A block of code, with a fence that nothing in it can close."""
+  fence = '`' * (3 + command.count('`'))
+  return Markup(f'{fence}sh\n{command}\n{fence}')

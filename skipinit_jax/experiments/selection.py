@@ -1,4 +1,4 @@
-"""From results of runs to what a table says: means, rates, what trains."""
+"""From the results of runs to a table's cells: means, rates, what trains."""
 
 import dataclasses
 import json
@@ -16,6 +16,7 @@ from skipinit_jax.experiments.grid import (
   make_run,
 )
 from skipinit_jax.experiments.studies import Grid
+from skipinit_jax.experiments.words import percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +25,13 @@ class Outcome:
 
   Attributes:
     status: 'completed' or 'diverged'.
-    top1: of its last evaluation, a fraction; 0 if it diverged.
+    top1: of the last evaluation, a fraction; 0 if the run diverged.
     loss: of that evaluation, None if not finite.
     train_loss: the last that was logged, None if not finite.
     chance: share of the largest class among the images evaluated on.
-    eval_size: their number.
-    seconds: that it took.
-    steps: made.
+    eval_size: number of those images.
+    seconds: run time.
+    steps: number of training steps.
   """
 
   status: str
@@ -45,14 +46,14 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-  """The mean of some seeds.
+  """The mean over the best seeds.
 
   Attributes:
-    top1: mean of the best so many, a fraction.
-    error: its standard error: over the seeds; of a share of so many images,
-      where there is one seed.
+    top1: mean over the best `grid.best` seeds, a fraction.
+    error: standard error of that mean; with one seed, that of a share of the
+      images evaluated on.
     loss, train_loss: means over the same seeds; None if any is not finite.
-    diverged: number of all seeds that did.
+    diverged: number of all seeds that diverged.
     runs: number of all seeds.
   """
 
@@ -66,19 +67,18 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What a table says in a cell.
+  """The content of a table's cell.
 
   Attributes:
-    cell: which.
-    by_rate: exponent -> mean on the held out images, of the rates that are
-      done.
+    cell: its place.
+    by_rate: exponent -> mean on the held out images, of finished rates only.
     rate: the chosen exponent, None until all rates are done.
-    rates: the smallest and the largest exponent within error of it.
+    rates: the smallest and the largest exponent within error of `rate`.
     largest_stable: the largest exponent at which no seed diverged.
     result: the mean on the test split at the chosen rate, None until done.
-    trains: whether any rate, or that result, beats the largest class by three
-      standard errors.
-    why_not: in words, where the result does not.
+    trains: whether any rate, or `result`, beats the largest class by three
+      standard errors; None until done.
+    why_not: in words, where `result` does not.
   """
 
   cell: Cell
@@ -95,7 +95,7 @@ Lookup = Callable[[Run], Outcome | None]
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-  """The outcome of a finished run, None if it is not.
+  """The outcome of a run, None if it is not finished.
 
   Raises:
     ValueError: a result that can't be read.
@@ -121,7 +121,7 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def mean(outcomes: Iterable[Outcome], best: int) -> Mean:
-  """The mean of the `best` best of some seeds."""
+  """The mean over the `best` seeds of the highest accuracy."""
   outcomes = list(outcomes)
   kept = sorted(outcomes, key=lambda o: o.top1, reverse=True)[:best]
   top1 = statistics.fmean(o.top1 for o in kept)
@@ -132,24 +132,29 @@ def mean(outcomes: Iterable[Outcome], best: int) -> Mean:
   return Mean(
     top1=top1,
     error=error,
-    loss=_mean_or_none(o.loss for o in kept),
-    train_loss=_mean_or_none(o.train_loss for o in kept),
+    loss=_mean_or_none([o.loss for o in kept]),
+    train_loss=_mean_or_none([o.train_loss for o in kept]),
     diverged=sum(o.status == 'diverged' for o in outcomes),
     runs=len(outcomes),
   )
 
 
 def share_error(share: float, images: int) -> float:
-  """Standard error of a share of so many images."""
+  """Standard error of a share of a number of images."""
   return math.sqrt(share * (1 - share) / images)
 
 
 def summarize(grid: Grid, cell: Cell, look_up: Lookup) -> Summary:
-  """What is known of a cell from the runs that are done."""
+  """The summary of a cell's finished runs."""
+
+  def finished(rate: int, split: str) -> list[Outcome] | None:
+    found = [look_up(run) for run in runs_at(grid, cell, rate, split)]
+    outcomes = [outcome for outcome in found if outcome]
+    return outcomes if len(outcomes) == len(found) else None
+
   by_rate, good = {}, False
   for rate in grid.rates:
-    outcomes = [look_up(r) for r in runs_at(grid, cell, rate, VALIDATION)]
-    if all(outcomes):
+    if outcomes := finished(rate, VALIDATION):
       by_rate[rate] = mean(outcomes, grid.best)
       good |= beats_chance(by_rate[rate], outcomes)
   if len(by_rate) < len(grid.rates):
@@ -157,27 +162,19 @@ def summarize(grid: Grid, cell: Cell, look_up: Lookup) -> Summary:
   rate, rates = choose_rate(by_rate)
   stable = [r for r, m in by_rate.items() if not m.diverged]
   summary = Summary(cell, by_rate, rate, rates, max(stable, default=None))
-  outcomes = [look_up(r) for r in runs_at(grid, cell, rate, TEST)]
-  if not all(outcomes):
+  if not (outcomes := finished(rate, TEST)):
     return summary
   result = mean(outcomes, grid.best)
-  if beats_chance(result, outcomes):
-    reason = ''
-  elif good:
-    held_out = by_rate[rate]
-    reason = (
-      f'reached {100 * held_out.top1:.1f} ± {100 * held_out.error:.1f} on the '
-      'held out images, and failed at the same rate on the whole split'
-    )
-  else:
-    reason = why_not(by_rate)
+  reason = ''
+  if not beats_chance(result, outcomes):
+    reason = _failed_later(by_rate[rate]) if good else why_not(by_rate)
   return dataclasses.replace(
     summary, result=result, trains=good or not reason, why_not=reason
   )
 
 
 def beats_chance(result: Mean, outcomes: Sequence[Outcome]) -> bool:
-  """Whether a mean of outcomes lies three errors above the largest class."""
+  """Whether a mean lies three standard errors above the largest class."""
   chance, images = outcomes[0].chance, outcomes[0].eval_size
   return result.top1 > chance + 3 * share_error(chance, images)
 
@@ -212,51 +209,46 @@ def why_not(by_rate: Mapping[int, Mean]) -> str:
 
 
 def runs_at(grid: Grid, cell: Cell, rate: int, split: str) -> list[Run]:
-  """The runs of a cell at a rate, one a seed."""
+  """The runs of a cell at a rate, one for each seed."""
   return [make_run(grid, cell, rate, seed, split) for seed in range(grid.seeds)]
 
 
-def known_runs(grid: Grid, look_up: Lookup) -> list[Run]:
-  """The runs that can be started so far: rates to choose by, then tests.
+def cell_runs(grid: Grid, cell: Cell, rate: int | None) -> list[Run]:
+  """The runs of a cell: to choose a rate, then tests at the chosen one."""
+  at = [(each, VALIDATION) for each in grid.rates]
+  at += [] if rate is None else [(rate, TEST)]
+  return [r for each, split in at for r in runs_at(grid, cell, each, split)]
 
-  Runs that two cells share are named once.
-  """
-  runs: dict[str, Run] = {}
+
+def known_runs(grid: Grid, look_up: Lookup) -> list[Run]:
+  """The runs that can be started so far; those that cells share, once."""
+  known: dict[str, Run] = {}
   for cell in cells(grid):
-    known = [
-      run
-      for rate in grid.rates
-      for run in runs_at(grid, cell, rate, VALIDATION)
-    ]
-    rate = summarize(grid, cell, look_up).rate
-    if rate is not None:
-      known += runs_at(grid, cell, rate, TEST)
-    for run in known:
-      runs.setdefault(run.id, run)
-  return list(runs.values())
+    for run in cell_runs(grid, cell, summarize(grid, cell, look_up).rate):
+      known.setdefault(run.id, run)
+  return list(known.values())
 
 
 def wanted(grid: Grid, look_up: Lookup) -> list[Run]:
-  """Those of the known runs that are not finished."""
+  """The known runs that are not finished."""
   return [run for run in known_runs(grid, look_up) if look_up(run) is None]
 
 
 def total_runs(grid: Grid) -> int:
-  """All runs of a grid, tests included; shared ones count once."""
-  tuning = {
-    run.id
-    for cell in cells(grid)
-    for rate in grid.rates
-    for run in runs_at(grid, cell, rate, VALIDATION)
-  }
-  tests = {
-    run.id
-    for cell in cells(grid)
-    for run in runs_at(grid, cell, grid.rates[0], TEST)
-  }
-  return len(tuning) + len(tests)
+  """The number of runs of a whole grid, tests included; shared ones once."""
+  rate = grid.rates[0]  # Tests are as many at any rate.
+  return len(
+    {run.id for cell in cells(grid) for run in cell_runs(grid, cell, rate)}
+  )
 
 
-def _mean_or_none(values: Iterable[float | None]) -> float | None:
-  values = list(values)
-  return None if None in values else statistics.fmean(values)
+def _failed_later(held_out: Mean) -> str:
+  return (
+    f'reached {percent(held_out.top1, held_out.error)} on the held out images, '
+    'and failed at the same rate on the whole split'
+  )
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+  finite = [value for value in values if value is not None]
+  return statistics.fmean(finite) if len(finite) == len(values) else None

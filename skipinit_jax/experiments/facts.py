@@ -1,0 +1,109 @@
+"""How a report's numbers came about, in sentences."""
+
+import json
+from collections.abc import Iterator
+
+from skipinit_jax.experiments.findings import Findings
+from skipinit_jax.experiments.grid import TEST
+from skipinit_jax.experiments.selection import total_runs
+from skipinit_jax.experiments.studies import Grid
+from skipinit_jax.experiments.words import DASH, duration, rate_text
+
+TESTED = (
+  'The test split was looked at once, at the chosen rate, after training on '
+  'the whole training split; it chose no rate.'
+)
+
+
+def make_facts(findings: Findings) -> list[tuple[str, str]]:
+  """Heading and text of each fact."""
+  grid, outcomes = findings.grid, findings.outcomes.values()
+  diverged = sum(o.status == 'diverged' for o in outcomes)
+  seconds = sum(o.seconds for o in outcomes)
+  facts = [
+    ('Tuned on', _tuning(grid)),
+    ('Tested on', TESTED),
+    ('Errors', _errors(grid, {o.eval_size for o in outcomes})),
+    (
+      f'Does not train ({DASH})',
+      'The test accuracy is not above the share of the largest class '
+      f'({findings.chance[TEST]:.1%}) by three standard errors.',
+    ),
+    ('Setting', grid.choices),
+    (
+      'Changed by hand',
+      ', '.join(f'{name}={value}' for name, value in grid.overrides.items()),
+    ),
+    ('Published figures', findings.study.source),
+    (
+      'Runs',
+      f'{len(outcomes):,} of {total_runs(grid):,} done, {diverged:,} of these '
+      f'diverged; {duration(seconds)} of run time in all.',
+    ),
+    *_provenance(findings),
+  ]
+  return [(name, text) for name, text in facts if text]
+
+
+def state_of(findings: Findings) -> str:
+  """What a reader must know before the numbers; empty if all is well."""
+  parts = []
+  unfinished = sum(s.result is None for s in findings.summaries.values())
+  if unfinished:
+    parts.append(
+      f'Unfinished: {unfinished} of {len(findings.summaries)} cells are not '
+      'done.'
+    )
+  if count := len(findings.problems):
+    parts.append(f'{count} problem{"s" * (count > 1)}, listed at the end.')
+  return ' '.join(parts)
+
+
+def _tuning(grid: Grid) -> str:
+  low, high = (
+    rate_text(grid, rate) for rate in (grid.rates[0], grid.rates[-1])
+  )
+  return (
+    f'Every cell was trained at {len(grid.rates)} learning rates, {low} to '
+    f'{high}, with {_seeds(grid)} each and {grid.validation:,} training images '
+    'held out. The rate of the best accuracy on those was chosen, at equal '
+    'accuracy that of the smallest loss. In brackets: the smallest and the '
+    "largest rate whose error bars meet the best one's."
+  )
+
+
+def _errors(grid: Grid, sizes: set[int]) -> str:
+  if grid.best == 1:
+    images = ' or '.join(f'{size:,}' for size in sorted(sizes)) or 'all'
+    return (
+      '± is the standard error of a share of the images evaluated on '
+      f'({images}): one seed enters, so it says nothing about seeds.'
+    )
+  if grid.best == grid.seeds:
+    return f'± is the standard error of the mean of {_seeds(grid)}.'
+  return (
+    f'± is the standard error of the mean of the best {grid.best} of '
+    f'{_seeds(grid)}: best on the held out images where a rate is chosen, best '
+    'on the test images in a test accuracy.'
+  )
+
+
+def _seeds(grid: Grid) -> str:
+  return 'one seed' if grid.seeds == 1 else f'{grid.seeds} seeds'
+
+
+def _provenance(findings: Findings) -> Iterator[tuple[str, str]]:
+  """The devices, revisions and versions that the runs name."""
+  named: dict[str, dict[str, None]] = {}
+  for run in findings.outcomes:
+    path = findings.workdir / 'runs' / run / 'result.json'
+    result = json.loads(path.read_text())
+    versions = (result.get('versions') or {}).items()
+    for name, value in (
+      ('Device', result.get('device')),
+      ('Revision', result.get('revision')),
+      ('Versions', ', '.join(f'{k} {v}' for k, v in versions)),
+    ):
+      named.setdefault(name, {})[str(value or 'unknown')] = None
+  for name, values in named.items():
+    yield name, '; '.join(values)

@@ -1,0 +1,64 @@
+"""How a report writes numbers, learning rates, cells and data sets."""
+
+from skipinit_jax.experiments.grid import Cell
+from skipinit_jax.experiments.studies import Grid
+from skipinit_jax.variants import VARIANTS
+
+DASH, MINUS, TIMES = '\N{EN DASH}', '\N{MINUS SIGN}', '\N{MULTIPLICATION SIGN}'
+SUPERSCRIPTS = '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'
+DATASETS = {
+  'cifar10': 'CIFAR-10',
+  'cifar100': 'CIFAR-100',
+  'imagenet2012': 'ImageNet',
+}
+
+
+def power(exponent: int) -> str:
+  """A power of two.
+
+  >>> power(-3)
+  '2⁻³'
+  """
+  digits = str.maketrans('-0123456789', SUPERSCRIPTS)
+  return f'2{str(exponent).translate(digits)}'
+
+
+def rate_text(grid: Grid, exponent: int) -> str:
+  """A learning rate of a grid, as a power of two."""
+  return power(exponent) + ('' if grid.unit == 1 else f' {TIMES} {grid.unit:g}')
+
+
+def percent(share: float, error: float) -> str:
+  """A share and its error, in percent.
+
+  >>> percent(0.935, 0.001)
+  '93.5 ± 0.1'
+  """
+  return f'{100 * share:.1f} ± {100 * error:.1f}'
+
+
+def duration(seconds: float) -> str:
+  """Seconds in the unit that people would use.
+
+  >>> duration(90), duration(7200), duration(3e6)
+  ('2 minutes', '2.0 hours', '34.7 days')
+  """
+  if seconds < 60:
+    return f'{seconds:.0f} seconds'
+  if seconds < 2 * 3600:
+    return f'{seconds / 60:.0f} minutes'
+  if seconds < 48 * 3600:
+    return f'{seconds / 3600:.1f} hours'
+  return f'{seconds / 86400:,.1f} days'
+
+
+def cell_name(grid: Grid, cell: Cell) -> str:
+  """A cell by its panel, row and column."""
+  label = VARIANTS[cell.column].label
+  parts = (cell.panel, f'{grid.rows.name} {cell.row}', label)
+  return ', '.join(part for part in parts if part)
+
+
+def dataset_name(name: str) -> str:
+  """A data set as people write it."""
+  return DATASETS.get(name, name)
