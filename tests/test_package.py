@@ -131,7 +131,7 @@ def test_wheel_holds_the_package_and_the_recipes(wheel):
   ours = {
     f'skipinit_jax/{p.relative_to(PACKAGE)}'
     for p in PACKAGE.rglob('*')
-    if p.suffix in ('.py', '.css') or p.name == 'py.typed'
+    if p.is_file() and p.suffix != '.pyc'
   }
   recipes = {f'skipinit_jax/configs/{p.name}' for p in ROOT.glob('configs/*')}
   recipes = {name for name in recipes if name.endswith('.py')}
