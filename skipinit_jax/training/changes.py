@@ -107,14 +107,14 @@ def check_changes(
   for change in changes:
     field, old, new = change['field'], change['old'], change['new']
     if not _can_change(field, old, new):
-      why = 'steps are already made, and saved, with the other'
+      why = 'steps were already made and saved with the other value'
     elif made == total and field != 'epochs':
       why = f'all {total} steps are made; give more epochs too'
     else:
       continue
     raise InputError(
-      f'{workdir}: {_shown(change)}, can not change in this run: {why}; '
-      'or choose another --workdir'
+      f'{workdir}: {_shown(change)}; this run can not change it: {why}, or '
+      'choose another --workdir'
     )
 
 

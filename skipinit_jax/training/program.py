@@ -87,7 +87,43 @@ def make_program(
     micro_batches=config.micro_batches,
     label_smoothing=config.label_smoothing,
   )
-  train_step = functools.partial(
+  normalize = data.augmentation.normalize
+  ema = config.ema_decay is not None
+  split = not data.resident
+  return Program(
+    config=config,
+    data=data,
+    model=model,
+    tx=tx,
+    initial_state=functools.partial(
+      _initial_state, model=model, tx=tx, image_shape=data.image_shape, ema=ema
+    ),
+    train_step=map_over_devices(
+      _train_steps(config, data, tx, gradient),
+      (False, split, True, False),
+      devices,
+      donate_argnums=0,
+    ),
+    watch_step=map_over_devices(
+      functools.partial(steps.watch_step, gradient=gradient, **of_data),
+      (False, split),
+      devices,
+    ),
+    eval_step=map_over_devices(
+      functools.partial(steps.eval_step, model=model, normalize=normalize),
+      (False, False, True, True, True, True),
+      devices,
+    ),
+  )
+
+
+def _train_steps(
+  config: ConfigDict,
+  data: Any,
+  tx: optax.GradientTransformation,
+  gradient: Callable,
+) -> Callable:
+  step = functools.partial(
     steps.train_step,
     gradient=gradient,
     tx=tx,
@@ -97,39 +133,7 @@ def make_program(
     log_every=config.log_every_steps,
     max_skips=config.divergence_limit if config.on_divergence == 'skip' else 0,
   )
-  return Program(
-    config=config,
-    data=data,
-    model=model,
-    tx=tx,
-    initial_state=functools.partial(
-      _initial_state,
-      model=model,
-      tx=tx,
-      image_shape=data.image_shape,
-      ema=config.ema_decay is not None,
-    ),
-    train_step=map_over_devices(
-      functools.partial(
-        _several, train_step, in_loop=config.steps_per_call > 1
-      ),
-      (False, not data.resident, True, False),
-      devices,
-      donate_argnums=0,
-    ),
-    watch_step=map_over_devices(
-      functools.partial(steps.watch_step, gradient=gradient, **of_data),
-      (False, not data.resident),
-      devices,
-    ),
-    eval_step=map_over_devices(
-      functools.partial(
-        steps.eval_step, model=model, normalize=data.augmentation.normalize
-      ),
-      (False, False, True, True, True, True),
-      devices,
-    ),
-  )
+  return functools.partial(_several, step, in_loop=config.steps_per_call > 1)
 
 
 def _initial_state(

@@ -144,24 +144,15 @@ def train_step(
   rate = schedule(state.step) * state.rate
   updates = jax.tree.map(lambda u: u * rate, updates)
   params = optax.apply_updates(state.params, updates)
-  ema, decay = state.ema, ema_decay
-  if decay is not None:
-    if ema_warmup:
-      count = state.step.astype(jnp.float32)
-      decay = jnp.minimum(decay, (1 + count) / (10 + count))
-    new = {'params': params, 'batch_stats': batch_stats}
-    ema = optax.incremental_update(new, ema, 1 - decay)
+  ema = state.ema
+  if ema_decay is not None:
+    ema = _averages(state, params, batch_stats, ema_decay, ema_warmup)
   grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
   finite = jnp.isfinite(jnp.stack([loss, grad_norm, param_norm])).all()
 
   skips = ~finite & (state.skipped < max_skips)
 
-  # Whether every step since the last log was skipped, or there is none.
-  starts = state.skipped >= state.step % log_every
-  before = select(starts, jax.tree.map(jnp.zeros_like, state.sums), state.sums)
-  sums = jax.tree.map(
-    jnp.add, before, {'loss': loss, 'top1': top1, 'steps': jnp.ones(())}
-  )
+  sums = _sums(state, loss, top1, log_every)
   updated = state.replace(
     step=state.step + 1,
     params=params,
@@ -184,6 +175,30 @@ def train_step(
     **jax.lax.psum(message, AXIS),
   }
   return select(finite, updated, select(skips, passed_over, state)), metrics
+
+
+def _averages(
+  state: TrainState, params: Any, batch_stats: Any, decay: float, warmup: bool
+) -> Any:
+  """The moving averages with new parameters and batch statistics."""
+  limit: Any = decay
+  if warmup:
+    count = state.step.astype(jnp.float32)
+    limit = jnp.minimum(decay, (1 + count) / (10 + count))
+  new = {'params': params, 'batch_stats': batch_stats}
+  return optax.incremental_update(new, state.ema, 1 - limit)
+
+
+def _sums(
+  state: TrainState, loss: jax.Array, top1: jax.Array, log_every: int
+) -> dict[str, jax.Array]:
+  """`TrainState.sums` with one more step, begun anew after a log."""
+  # Whether every step since the last log was skipped, or there is none.
+  starts = state.skipped >= state.step % log_every
+  before = select(starts, jax.tree.map(jnp.zeros_like, state.sums), state.sums)
+  return jax.tree.map(
+    jnp.add, before, {'loss': loss, 'top1': top1, 'steps': jnp.ones(())}
+  )
 
 
 def draw(
