@@ -82,12 +82,18 @@ def test_a_diff_that_does_not_fit_is_refused(copy):
     patch(copy, '--- train.py\n-small_beta\n+small_gamma\n')
 
 
-def test_the_layout_names_files_that_exist():
+def test_the_layout_names_every_file_of_the_package():
   layout = PAGE.read_text().split('\n## The layout\n')[1].split('\n## ')[0]
-  for row in re.findall(r'^\| (`.*) \|$', layout, re.M):
-    cells = row.split(' | ')
-    folders = [ROOT / name for name in re.findall(r'`([^`]+)/`', cells[0])]
-    assert folders
-    assert all(folder.is_dir() for folder in folders), row
-    for file in re.findall(r'`([^`]+\.\w+)`', row):
-      assert (folders[0] / file).exists(), file
+  rows = dict(re.findall(r'^\| `([\w.]+)` \| (.*) \|$', layout, re.M))
+  package = ROOT / 'skipinit_jax'
+  folders = {path.parent for path in package.rglob('*.py')}
+  assert {package / name for name in rows} == folders
+  for name, files in rows.items():
+    found = {path.stem for path in (package / name).glob('[!_]*.py')}
+    assert set(re.findall(r'`(\w+)`', files)) == found, name
+
+
+def test_the_layout_names_folders_that_exist():
+  folders = re.findall(r'^\| `(\w+)/` \|', PAGE.read_text(), re.M)
+  assert len(folders) > 5
+  assert all((ROOT / folder).is_dir() for folder in folders)
