@@ -60,8 +60,7 @@ def leave(line: str, status: int) -> NoReturn:
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-  """Ends the process in one line where input is bad, or on Ctrl-C."""
-  interrupt_as_usual()
+  """Ends the process in one line if input is bad, or on Ctrl-C."""
   try:
     yield
   except InputError as error:
@@ -165,7 +164,7 @@ def _checked(text: str, buckets: bool) -> str:
 
 
 def interrupt_as_usual() -> None:
-  """Makes SIGINT a KeyboardInterrupt, once a command has imported all."""
+  """Makes SIGINT a KeyboardInterrupt again, once all is imported."""
   if signal.getsignal(signal.SIGINT) is _leave_while_starting:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -286,6 +286,7 @@ def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def main() -> None:
   """Parses, exports, and ends in one line where that can't be."""
+  cli.interrupt_as_usual()
   parser = cli.Parser(
     prog='python -m skipinit_jax.export',
     description='Writes a trained network as StableHLO and as safetensors.',

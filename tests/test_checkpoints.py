@@ -18,9 +18,9 @@ from skipinit_jax import files
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.files import dumps
 from skipinit_jax.models.stages import stack_blocks, unstack_blocks
-from skipinit_jax.training import checkpoints
 from skipinit_jax.training.checkpoints import Checkpoints, digest
 from skipinit_jax.training.config import default_config
+from skipinit_jax.training.reasons import of_system
 from skipinit_jax.training.step import TrainState
 
 # A read that fails leaves TensorStore's other reads without their event loop.
@@ -158,7 +158,7 @@ def test_a_flipped_bit_is_never_learnt_from(copy, seed):
   if step == 10:
     assert len(said) == 1
     assert 'step 20 is damaged' in said[0]
-    assert 'going on from step 10' in said[0]
+    assert 'resuming from step 10' in said[0]
     assert '\n' not in said[0]
     assert (copy / 'damaged-checkpoint-20').is_dir()
     assert not (copy / 'checkpoints' / '20').exists()
@@ -217,7 +217,7 @@ def test_falling_back_can_be_refused(copy):
     restore(copy, config=recipe(fall_back=False))
   line = str(error.value)
   assert 'step 20 is damaged' in line
-  assert 'goes on from step 10' in line
+  assert 'resumes from step 10' in line
   assert '\n' not in line
   assert (copy / 'checkpoints/20').is_dir()  # Nothing was moved.
 
@@ -339,14 +339,14 @@ def test_the_systems_reason_is_found_in_what_an_error_came_from(name):
     Exception(f"DATA_LOSS: x: {reason} [os_error_code='{number}']"),
   ]
   for error in errors:
-    assert checkpoints.of_system(error) == reason
+    assert of_system(error) == reason
     cause, context = ValueError('v'), ValueError('v')
     cause.__cause__, context.__context__ = error, error
     around = RuntimeError('r')
     around.__context__ = cause
     for outer in (cause, context, around):
-      assert checkpoints.of_system(outer) == reason
-  assert checkpoints.of_system(TimeoutError('too slow')) == 'too slow'
+      assert of_system(outer) == reason
+  assert of_system(TimeoutError('too slow')) == 'too slow'
 
 
 def test_what_is_missing_or_senseless_is_no_trouble_of_the_system():
@@ -356,11 +356,11 @@ def test_what_is_missing_or_senseless_is_no_trouble_of_the_system():
     FileNotFoundError(errno.ENOENT, 'gone'),
     Exception("NOT_FOUND: x: gone [os_error_code='2']"),
   ):
-    assert checkpoints.of_system(error) is None
+    assert of_system(error) is None
   loop = ValueError()
   loop.__context__ = RuntimeError()
   loop.__context__.__context__ = loop
-  assert checkpoints.of_system(loop) is None
+  assert of_system(loop) is None
 
 
 def test_looking_changes_nothing(copy):

@@ -87,7 +87,7 @@ def test_of_several_processes_all_are_refused(tmp_path):
     assert listing(workdir) == before
   assert [status for status, *_ in ends] == [2, 2], ends
   assert f'held by process {os.getpid()}' in one_line(ends[0][2])
-  assert 'process 0 can not use' in one_line(ends[1][2])
+  assert 'process 0: ' in one_line(ends[1][2])
 
 
 @pytest.mark.parametrize('end', [signal.SIGKILL, signal.SIGTERM])
@@ -221,7 +221,7 @@ def test_a_marker_left_by_a_killed_run_is_passed_over(marked, monkeypatch):
     check()
     assert f'"pid": {os.getpid()}' in marker(marked).read_text()
   assert len(said) == 1
-  assert 'looking whether its run is alive' in said[0]
+  assert 'waiting to see if its run is alive' in said[0]
 
 
 def again_and_again(function):

@@ -51,6 +51,7 @@ def parser() -> cli.Parser:
 
 def run() -> None:
   """Compiles, prints, and writes the JSON file."""
+  cli.interrupt_as_usual()
   logging.set_verbosity(logging.ERROR)
   args, config = training.parse(parser())
   # Nothing is computed: an accelerator that is here is left alone.

@@ -68,6 +68,7 @@ DIGITS = {
 
 def main() -> None:
   """Parses, and ends in one line where the input is bad."""
+  cli.interrupt_as_usual()
   parser = cli.Parser(
     prog='python -m skipinit_jax.analysis',
     description='Why the scalar works: signals, paths, gradients.',

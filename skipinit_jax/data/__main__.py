@@ -84,6 +84,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns the exit status."""
+  cli.interrupt_as_usual()
   args = _parser().parse_args(argv)
   with cli.errors_in_one_line():
     try:

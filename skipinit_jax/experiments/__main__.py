@@ -42,7 +42,7 @@ from skipinit_jax.experiments.words import duration
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import load_recipe, parse_fields
-from skipinit_jax.training.signals import to_notice
+from skipinit_jax.training.signals import handled_signals
 from skipinit_jax.variants import VARIANTS
 
 ENGINES = ('local', 'ray', 'print')
@@ -52,7 +52,7 @@ Texts = list[tuple[str, str]]  # Fields that are set, and their values.
 
 def main() -> None:
   """Parses, and ends in one line where the input is bad."""
-  for number in to_notice():
+  for number in handled_signals():
     signal.signal(number, _stop)
   args, texts = parser().parse_with_fields()
   with cli.errors_in_one_line():

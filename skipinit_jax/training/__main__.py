@@ -56,21 +56,20 @@ def parser() -> cli.Parser:
   flags.add_argument(
     '--distributed',
     action='store_true',
-    help='this is one process of several, started by Cloud TPU, Slurm or Open '
-    'MPI',
+    help='one of several processes, started by Cloud TPU, Slurm or Open MPI',
   )
   flags.add_argument(
-    '--coordinator', help='host:port of process 0, of several started by hand'
+    '--coordinator', help='host:port of process 0, if started by hand'
   )
   flags.add_argument(
     '--num-processes',
     type=cli.number(int, 1, 2**20),
-    help='how many, with --coordinator',
+    help='their number, with --coordinator',
   )
   flags.add_argument(
     '--process-id',
     type=cli.number(int, 0, 2**20),
-    help='which one, from 0, with --coordinator',
+    help='number of this one, from 0, with --coordinator',
   )
   flags.add_argument(
     '--heartbeat-seconds',
@@ -82,7 +81,7 @@ def parser() -> cli.Parser:
 
 
 def parse(flags: cli.Parser) -> tuple[Namespace, ConfigDict]:
-  """The flags of this process, and the recipe with what they set of it."""
+  """The flags of this process, and its recipe with the fields they set."""
   args, texts = flags.parse_with_fields()
   with cli.errors_in_one_line():
     config = load_recipe(args.config)
@@ -116,7 +115,7 @@ def main(args: Namespace, config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def _one_line_each(config: ConfigDict) -> Iterator[None]:
-  """What a run may end in, but for our own bugs, as one line and a status."""
+  """Ends the process in one line and a status, except for our own bugs."""
   try:
     yield
   except InputError as error:
@@ -139,7 +138,7 @@ def _one_line_each(config: ConfigDict) -> Iterator[None]:
       )
     if jax.process_count() == 1:
       raise
-    # Most often another process was lost.
+    # Usually because another process was lost.
     _exit(f'a process was lost: {first}', LOST)
 
 
@@ -156,7 +155,7 @@ def summary(result: dict, workdir: str) -> str:
 
 
 def _new_workdir(recipe: str) -> Path:
-  """Named by the first process for all."""
+  """A new folder under runs/, the same for all processes."""
   name = Path(recipe_path(recipe).partition(':')[0]).stem
   now = processes.from_first(int(time.time()))
   stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(now))
@@ -174,7 +173,7 @@ def _exit(message: str, status: int = BAD_INPUT) -> None:
 
 
 def _unraisable(error: 'sys.UnraisableHookArgs') -> None:
-  """Passes over arrays still written when Orbax has given up a save."""
+  """Ignores arrays that Orbax still writes after it gave up a save."""
   if str(error.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(error)
 

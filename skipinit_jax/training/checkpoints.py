@@ -3,9 +3,7 @@
 import contextlib
 import errno
 import hashlib
-import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,21 +12,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization
-from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from skipinit_jax.errors import InputError, RunError
-from skipinit_jax.files import DamagedFile, dumps, retry
+from skipinit_jax.files import retry
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
-from skipinit_jax.training.changes import FREE, read_config
 from skipinit_jax.training.devices import replicate
+from skipinit_jax.training.origin import check_origin, run_fields
+from skipinit_jax.training.reasons import errors_as, first_line, of_system
 from skipinit_jax.training.step import TrainState
 
 FOLDER = 'checkpoints'
-# Errors that tell of what is in a folder, not of trouble with reading it.
-CONTENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class Checkpoints:
@@ -43,7 +39,7 @@ class Checkpoints:
   checkpoint. One is damaged if it can be read, but not as it was written.
 
   Args:
-    workdir: of the run; they lie in its folder `checkpoints`.
+    workdir: of the run; checkpoints are in its folder `checkpoints`.
     config: its `keep_checkpoints` newest are kept, and the one with the best
       top-1 of those saved after an evaluation; `fall_back` lets a damaged one
       be passed over.
@@ -53,7 +49,7 @@ class Checkpoints:
 
   def __init__(
     self,
-    workdir: os.PathLike,
+    workdir: os.PathLike | str,
     config: ConfigDict,
     say: Callable[[str], None],
     read_only: bool = False,
@@ -82,7 +78,7 @@ class Checkpoints:
     )
     newest = checkpoint_managers.LatestN(self._config.keep_checkpoints)
     folder = self._folder
-    with _reasons(f'checkpoints in {folder} can not be used'):
+    with errors_as(f'checkpoints in {folder} can not be used'):
       self._manager = ocp.CheckpointManager(
         folder if '://' in str(folder) else folder.resolve(),
         # Without them a fresh manager tells nothing of what was saved.
@@ -121,25 +117,36 @@ class Checkpoints:
     self.wait()  # Orbax would too, and blame this step for the one before.
     self._saving = step
     tree = jax.tree.map(np.asarray, serialization.to_state_dict(state))
-    fields = run_fields(self._config.to_dict())
-    with _reasons(self._not_written()):
+    check = {
+      'sha256': digest(tree),
+      'step': step,
+      'fields': run_fields(self._config.to_dict()),
+    }
+    with errors_as(self._not_written()):
       saved = self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(tree),
-          check=ocp.args.JsonSave(
-            {
-              'sha256': digest(tree),
-              'step': step,
-              'run': run_hash(fields),
-              'fields': fields,
-            }
-          ),
+          state=ocp.args.StandardSave(tree), check=ocp.args.JsonSave(check)
         ),
         metrics=None if evals is None else {'top1': evals['top1']},
       )
       if not saved:
         raise OSError('Orbax declined to save it')
+
+  def wait(self) -> None:
+    """Waits until all is written; raises RunError if that went wrong."""
+    with errors_as(self._not_written()):
+      self._manager.wait_until_finished()
+
+  def _not_written(self) -> str:
+    try:
+      steps = saved_steps(self._folder.parent)
+    except OSError:  # The folder is gone.
+      steps = []
+    return (
+      f'the checkpoint of step {self._saving} could not be written '
+      f'(whole ones: {", ".join(map(str, steps)) or "none"})'
+    )
 
   def restore_latest(
     self, like: TrainState
@@ -169,9 +176,9 @@ class Checkpoints:
           raise RunError(f'{error}, and there is none before it') from None
         if not self._config.fall_back:
           raise RunError(
-            f'{error}; --config.fall_back=True goes on from step {before[-1]}'
+            f'{error}; --config.fall_back=True resumes from step {before[-1]}'
           ) from None
-        self._say(f'{error}; going on from step {before[-1]}')
+        self._say(f'{error}; resuming from step {before[-1]}')
         if not self._read_only:
           self._set_aside(step)
     return None, None
@@ -194,13 +201,18 @@ class Checkpoints:
         if trouble := of_system(error) or self._unreadable(step):
           name = f'checkpoint of step {step}'
           raise OSError(errno.EIO, trouble, name) from None
-        raise Damaged(step, _first_line(error)) from None
+        raise Damaged(step, first_line(error)) from None
 
     try:
       state, check = retry(attempt, say=self._say)
     except Damaged:  # Or it was trouble that passed before a reason was found.
       state, check = retry(attempt, say=self._say)
-    self._check_origin(step, check)
+    check_origin(
+      self._folder / str(step),
+      check,
+      self._folder.parent,
+      self._config.accept_changes,
+    )
     return replicate(state)
 
   def _restore(
@@ -211,10 +223,10 @@ class Checkpoints:
     if saved is None:
       raise ValueError('the list of its arrays is missing')
     convert = dict
-    if _has_stacked(saved) and not _has_stacked(wanted):
-      wanted, convert = _shapes(stack_blocks, wanted), unstack_blocks
-    elif _has_stacked(wanted) and not _has_stacked(saved):
-      wanted, convert = _shapes(unstack_blocks, wanted), stack_blocks
+    if _is_stacked(saved) and not _is_stacked(wanted):
+      wanted, convert = jax.eval_shape(stack_blocks, wanted), unstack_blocks
+    elif _is_stacked(wanted) and not _is_stacked(saved):
+      wanted, convert = jax.eval_shape(unstack_blocks, wanted), stack_blocks
     _check_shapes(saved, wanted)
     restored = self._manager.restore(
       step,
@@ -230,37 +242,6 @@ class Checkpoints:
       raise ValueError('its arrays are not those that were saved')
     return serialization.from_state_dict(like, convert(tree)), check
 
-  def _check_origin(self, step: int, check: Mapping[str, Any]) -> None:
-    """Raises InputError for a checkpoint of another step or run."""
-    path = self._folder / str(step)
-    if check.get('step', step) != step:  # Older ones do not have it.
-      raise InputError(
-        f'{path} holds the state after step {check["step"]}: it was renamed; '
-        'name it by its step, or move it away'
-      )
-    try:  # Of the run that is there, whatever this one is.
-      ours, changes = read_config(self._folder.parent)
-    except DamagedFile:
-      return
-    # Values that fields of this run once had.
-    before = [(change['field'], change['old']) for change in changes]
-    ours = run_fields(ours or {})
-    if not ours or check.get('run') in (None, run_hash(ours)):
-      return
-    theirs = run_fields(check['fields'])
-    changed = [
-      f'{name}={theirs.get(name)!r} there, {ours.get(name)!r} here'
-      for name in {**theirs, **ours}
-      if theirs.get(name) != ours.get(name)
-      and (name, theirs.get(name)) not in before
-    ]
-    if changed and not self._config.accept_changes:
-      more = f'; and {len(changed) - 2} more' if len(changed) > 2 else ''
-      raise InputError(
-        f'{path} is of another run ({"; ".join(changed[:2])}{more}); move it '
-        'away, or take it with --config.accept_changes=True'
-      )
-
   def _unreadable(self, step: int) -> str | None:
     """Why the files of a checkpoint can't be read; None if they can."""
     try:
@@ -271,23 +252,8 @@ class Checkpoints:
     except FileNotFoundError:
       return None
     except Exception as error:
-      return _first_line(error)
+      return first_line(error)
     return None
-
-  def wait(self) -> None:
-    """Waits until all is written; raises RunError if that went wrong."""
-    with _reasons(self._not_written()):
-      self._manager.wait_until_finished()
-
-  def _not_written(self) -> str:
-    good = 'none'
-    with contextlib.suppress(OSError):  # The folder is gone.
-      names = [p.name for p in self._folder.iterdir() if p.name.isdecimal()]
-      good = ', '.join(sorted(names, key=int)) or 'none'
-    return (
-      f'the checkpoint of step {self._saving} could not be written '
-      f'(whole ones: {good})'
-    )
 
   def _set_aside(self, step: int) -> None:
     self._manager.close()
@@ -301,14 +267,6 @@ class Checkpoints:
     self._open()
 
 
-def saved_steps(workdir: os.PathLike | str) -> list[int]:
-  """The steps whose states a run has kept, in order."""
-  folder = epath.Path(workdir) / FOLDER
-  if not folder.is_dir():
-    return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
-
-
 class Damaged(RunError):
   """A checkpoint that can be read, but not as it was written."""
 
@@ -316,61 +274,12 @@ class Damaged(RunError):
     super().__init__(f'checkpoint of step {step} is damaged ({reason})')
 
 
-class _reasons:
-  """Turns what Orbax and the file system raise into one line."""
-
-  def __init__(self, what: str):
-    self._what = what
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, traceback):
-    if isinstance(error, Exception) and not isinstance(error, RunError):
-      raise RunError(f'{self._what}: {_first_line(error)}') from None
-
-
-def run_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a config that make its run, by dotted name, as in JSON."""
-  fields = flatten_dict(json.loads(dumps(config)), sep='.')
-  return {
-    name: value
-    for name, value in fields.items()
-    if name not in FREE and value is not None
-  }
-
-
-def run_hash(fields: Mapping[str, Any]) -> str:
-  """SHA-256 over the fields that make a run."""
-  text = dumps(fields, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
-def of_system(error: BaseException | None) -> str | None:
-  """The system's reason for an error, or for what it came from; else None.
-
-  What is missing or of the wrong kind is a matter of content, not of trouble.
-  """
-  seen = []
-  while error is not None and error not in seen:
-    seen.append(error)
-    if isinstance(error, TimeoutError | ConnectionError):
-      return _first_line(error)
-    if isinstance(error, OSError) and error.errno not in CONTENT:
-      return _first_line(error)
-    found = re.search(r"([^:]+) \[os_error_code='(\d+)'", str(error))
-    if found and int(found[2]) not in CONTENT:
-      return found[1].strip()
-    error = error.__cause__ or error.__context__
-  return None
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-  for path in folder.iterdir():
-    if path.is_dir():
-      yield from _files(path)
-    else:
-      yield path
+def saved_steps(workdir: os.PathLike | str) -> list[int]:
+  """The steps whose states a run has kept, in order."""
+  folder = epath.Path(workdir) / FOLDER
+  if not folder.is_dir():
+    return []
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
 
 
 def digest(tree: Any) -> str:
@@ -383,23 +292,23 @@ def digest(tree: Any) -> str:
   return total.hexdigest()
 
 
-def _has_stacked(tree: Any) -> bool:
-  paths = jax.tree_util.tree_leaves_with_path(tree)
-  return any(f"'{STACKED}'" in jax.tree_util.keystr(path) for path, _ in paths)
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """The shape of each array by its name, such as 'params/stem/kernel'."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+    for path, leaf in leaves
+    if hasattr(leaf, 'shape')
+  }
+
+
+def _is_stacked(tree: Any) -> bool:
+  return any(STACKED in name.split('/') for name in _shapes(tree))
 
 
 def _check_shapes(saved: Any, wanted: Any) -> None:
-  """Raises InputError where a checkpoint is of another network."""
-
-  def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-      jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
-      for path, leaf in leaves
-      if hasattr(leaf, 'shape')
-    }
-
-  there, here = shapes(saved), shapes(wanted)
+  """Raises InputError if a checkpoint is of another network."""
+  there, here = _shapes(saved), _shapes(wanted)
   for name in {**here, **there}:
     if there.get(name) != here.get(name):
       raise InputError(
@@ -408,16 +317,9 @@ def _check_shapes(saved: Any, wanted: Any) -> None:
       )
 
 
-def _shapes(convert: Callable, tree: Any) -> Any:
-  return jax.eval_shape(convert, tree)
-
-
-def _first_line(error: BaseException) -> str:
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
-  # TensorStore: a line of paths, then: No space left on device [os_error_...
-  if of_system := re.search(r"([^:]+) \[os_error_code='", str(error)):
-    return of_system[1].strip()
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  text = lines[0] if lines else type(error).__name__
-  return text if len(text) < 200 else f'{text[:200]}...'
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from _files(path)
+    else:
+      yield path

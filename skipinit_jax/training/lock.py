@@ -36,19 +36,19 @@ def hold(
 ) -> Iterator[Callable[[], None]]:
   """Holds a workdir, which is made if it does not exist.
 
-  A lock of the operating system on the file `lock` in it, which ends with the
-  process however that ends; processes that this one starts do not inherit it.
-  Object stores, and file systems without locks, get a marker of that name
-  instead, which is written again every few seconds. That is weaker: a run that
-  was killed holds the workdir for another minute, and one that is cut off from
-  the store for so long may find that another run has taken over.
+  The lock is one of the operating system on the file `lock` in it. It ends with
+  the process, however that ends; child processes do not inherit it. Buckets,
+  and file systems without locks, get a marker of that name instead, which is
+  written again every few seconds. That is weaker: a run that was killed holds
+  the workdir for another minute, and one that is cut off from the store for
+  that long may find that another run has taken over.
 
   A thread may hold a workdir more than once.
 
   Args:
     workdir: a folder, or an address such as gs://bucket/run.
-    say: called with a line where this has to wait.
-    wait: for the run that holds it, instead of an InputError.
+    say: called with a line before this has to wait.
+    wait: for the run that holds it, instead of raising InputError.
 
   Yields:
     A function that raises RunError if the workdir is no longer held: it was
@@ -58,22 +58,22 @@ def hold(
     InputError: another run holds it, or it can't be written to.
     RunError: there is no space left for it.
   """
-  remote = '://' in os.fspath(workdir)
-  where = os.fspath(workdir) if remote else os.path.realpath(workdir)
-  key = threading.get_ident(), where
+  in_bucket = '://' in os.fspath(workdir)
+  folder = os.fspath(workdir) if in_bucket else os.path.realpath(workdir)
+  key = threading.get_ident(), folder
   if key in _held:
     yield _held[key].check
     return
   try:
-    lock = _take(where, remote, say, wait)
+    lock = _take(folder, say, wait)
   except ImportError as error:  # A bucket, and no package to reach it.
     raise InputError(f'--workdir={workdir}: {error}') from None
   except OSError as error:
     raise unwritable(workdir, error) from None
   if lock is None:
     raise InputError(
-      f'{workdir} is held by {_holder(epath.Path(where) / LOCK)}; '
-      'wait until it ends, or choose another --workdir'
+      f'{workdir} is held by {_holder(folder)}; wait until it ends, or choose '
+      'another --workdir'
     )
   _held[key] = lock
   try:
@@ -87,47 +87,43 @@ def hold(
 def hold_for_all(
   workdir: str | os.PathLike, say: Callable[[str], None]
 ) -> Iterator[Callable[[], None]]:
-  """As `hold`; of several processes the first holds, or all raise."""
-  error, check = None, _nothing
+  """As `hold`; the first of several processes holds, or all raise."""
+  error, check = None, _no_check
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       try:
         check = stack.enter_context(hold(workdir, say))
       except (InputError, RunError) as raised:
         error = raised
-    kinds = (None, InputError, RunError)
-    kind = kinds[processes.from_first(kinds.index(error and type(error)))]
-    if kind is not None:
-      raise error or kind(f'process 0 can not use {workdir}; see its message')
+    if trouble := processes.agree(error):
+      raise error or trouble
     yield check
 
 
-def _nothing() -> None:
+def _no_check() -> None:
   """The check of a process that holds nothing itself."""
 
 
 def _take(
-  where: str, remote: bool, say: Callable[[str], None], wait: bool
+  folder: str, say: Callable[[str], None], wait: bool
 ) -> '_File | _Marker | None':
-  epath.Path(where).mkdir(parents=True, exist_ok=True)
-  lock = _Marker(where, say) if remote else _File(where)
-  said = False
+  epath.Path(folder).mkdir(parents=True, exist_ok=True)
+  lock = _Marker(folder, say) if '://' in folder else _File(folder)
+  waiting = False
   while True:
     try:
       if lock.take():
         return lock
     except OSError as error:
-      if remote or error.errno not in NO_LOCKS:
+      if isinstance(lock, _Marker) or error.errno not in NO_LOCKS:
         raise
-      lock, remote = _Marker(where, say), True
+      lock = _Marker(folder, say)
       continue
     if not wait:
       return None
-    if not said:
-      say(
-        f'waiting for {_holder(epath.Path(where) / LOCK)}, which holds {where}'
-      )
-      said = True
+    if not waiting:
+      say(f'waiting for {_holder(folder)}, which holds {folder}')
+    waiting = True
     time.sleep(0.5)
 
 
@@ -138,38 +134,36 @@ class _File:
     self._path = Path(folder) / LOCK
 
   def take(self) -> bool:
-    # Python's descriptors are closed in processes that this one starts.
+    # Python closes its descriptors in processes that this one starts.
     self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      if not self._in_place():  # Its last holder has just deleted it.
-        os.close(self._file)
-        return self.take()
-      os.ftruncate(self._file, 0)
-      os.write(self._file, json.dumps(_myself()).encode())
-    except BlockingIOError:
-      os.close(self._file)
-      return False
-    except OSError:
-      os.close(self._file)
-      raise
-    return True
+    with contextlib.ExitStack() as unless_taken:
+      unless_taken.callback(os.close, self._file)
+      try:
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return False
+      if self._is_in_folder():
+        os.ftruncate(self._file, 0)
+        os.write(self._file, json.dumps(_this_process()).encode())
+        unless_taken.pop_all()
+        return True
+    return self.take()  # The last holder has just deleted the file.
 
   def check(self) -> None:
     with contextlib.suppress(OSError):  # Trouble that may pass.
-      if not self._in_place():
+      if not self._is_in_folder():
         raise RunError(
-          f'{self._path.parent} was moved away or replaced while its run was '
-          f'going on: its {LOCK} is gone'
+          f'{self._path.parent} was moved away or replaced during the run: '
+          f'its {LOCK} is gone'
         )
 
   def release(self) -> None:
     with contextlib.suppress(OSError):
-      if self._in_place():
+      if self._is_in_folder():
         self._path.unlink()
     os.close(self._file)
 
-  def _in_place(self) -> bool:
+  def _is_in_folder(self) -> bool:
     try:
       return os.path.samestat(os.stat(self._path), os.fstat(self._file))
     except (FileNotFoundError, NotADirectoryError):
@@ -177,12 +171,12 @@ class _File:
 
 
 class _Marker:
-  """A file or object that is written again and again while its run goes on."""
+  """A file or object that is rewritten every few seconds during a run."""
 
   def __init__(self, folder: str, say: Callable[[str], None]):
     self._folder, self._path = folder, epath.Path(folder) / LOCK
     self._say = say
-    self._mine = _myself() | {'token': uuid.uuid4().hex}
+    self._mine = _this_process() | {'token': uuid.uuid4().hex}
     self._beats = 0
     self._taken_by = ''
     self._done = threading.Event()
@@ -190,7 +184,7 @@ class _Marker:
   def take(self) -> bool:
     before = self._read()
     if before:
-      self._say(f'{self._path} is there: looking whether its run is alive')
+      self._say(f'{self._path} exists: waiting to see if its run is alive')
     end = time.monotonic() + DEAD
     while before and time.monotonic() < end:
       time.sleep(BEAT / 10)
@@ -199,7 +193,7 @@ class _Marker:
         return False
       before = now
     self._write()
-    if self._is_of_another(self._read()):
+    if self._is_of_another():
       return False  # It came at the same time.
     self._thread = threading.Thread(target=self._beat, daemon=True)
     self._thread.start()
@@ -216,19 +210,20 @@ class _Marker:
     self._done.set()
     self._thread.join()
     with contextlib.suppress(Exception):
-      if not self._is_of_another(self._read()):
+      if not self._is_of_another():
         self._path.unlink()
 
   def _beat(self) -> None:
     while not self._done.wait(BEAT):
       with contextlib.suppress(Exception):  # Trouble that may pass.
-        if self._is_of_another(self._read()):
-          self._taken_by = _holder(self._path)
+        if self._is_of_another():
+          self._taken_by = _holder(self._folder)
           return
         self._write()
 
-  def _is_of_another(self, text: str) -> bool:
-    return _parse(text).get('token', self._mine['token']) != self._mine['token']
+  def _is_of_another(self) -> bool:
+    mine = self._mine['token']
+    return _parse(self._read()).get('token', mine) != mine
 
   def _read(self) -> str:
     try:
@@ -238,10 +233,17 @@ class _Marker:
 
   def _write(self) -> None:
     self._beats += 1
-    self._path.write_text(json.dumps(self._mine | {'beats': self._beats}))
+    text = json.dumps(self._mine | {'beats': self._beats})
+    if '://' in self._folder:
+      self._path.write_text(text)
+      return
+    # In one piece: a marker that is read half written looks like none.
+    whole = self._path.with_name(f'{LOCK}.{self._mine["token"]}')
+    whole.write_text(text)
+    whole.replace(self._path)
 
 
-def _myself() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
   now = datetime.datetime.now().astimezone()
   return {
     'host': socket.gethostname(),
@@ -250,10 +252,10 @@ def _myself() -> dict[str, Any]:
   }
 
 
-def _holder(path: epath.Path) -> str:
+def _holder(folder: str) -> str:
   """Who holds a folder, for a message."""
   try:
-    fields = _parse(path.read_text())
+    fields = _parse((epath.Path(folder) / LOCK).read_text())
     return (
       f'process {fields["pid"]} on {fields["host"]} since {fields["since"]}'
     )

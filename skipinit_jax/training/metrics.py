@@ -13,7 +13,7 @@ import tqdm
 from etils import epath
 
 from skipinit_jax.errors import InputError, RunError
-from skipinit_jax.training import processes
+from skipinit_jax.training.bad_share import BadShare
 from skipinit_jax.training.lines import Lines
 from skipinit_jax.training.timetable import Timetable
 
@@ -39,8 +39,7 @@ class Reporter:
   Attributes:
     diverged: whether metrics that are not finite were read.
     stop: whether any process was asked to stop, or `trouble` is not None.
-    trouble: an InputError where more than `bad_share` are unreadable.
-    replaced: images that could not be read, since the start of training.
+    trouble: an InputError if more than `bad_share` are unreadable.
     last: the last finite training metrics and their step.
   """
 
@@ -59,8 +58,8 @@ class Reporter:
     self._times = times
     self._batch_size = batch_size
     self._names = names
-    self._train_size = round(times.per_epoch * batch_size)
-    self._bad_share = bad_share
+    train_size = round(times.per_epoch * batch_size)
+    self._bad_share = BadShare(batch_size, train_size, bad_share)
     self._board = None
     self._compiled = False
     self._eval = ''
@@ -76,13 +75,12 @@ class Reporter:
     self._open(start)
 
   def _open(self, start: int) -> None:
-    """Takes up the files after `start` steps, without what came later."""
+    """Opens the files as they were after `start` steps."""
     self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
     self.diverged = self.stop = False
     self.last: dict[str, float] = {}
     self.trouble: InputError | None = None
-    self.replaced, in_epoch = 0, 0
-    self._epoch = start * self._batch_size // self._train_size
+    lines = []
     if self._writes:
       try:
         said = self._lines.resume(start)
@@ -90,15 +88,8 @@ class Reporter:
         raise self._not_written(error) from None
       for sentence in said:
         self.say(sentence)
-      lines = [line for line in self._lines.read() if 'replaced' in line]
-      self.replaced = sum(line['replaced'] for line in lines)
-      in_epoch = sum(
-        line['replaced']
-        for line in lines
-        if self._epoch_of(line['step']) == self._epoch
-      )
-    # All processes count alike, so that all stop after the same step.
-    self._in_epoch = processes.from_first(in_epoch)
+      lines = self._lines.read()
+    self._bad_share.resume(start, lines)
     # tensorboardX needs a folder.
     if self._writes and '://' not in str(self._workdir):
       self._board = tensorboardX.SummaryWriter(
@@ -149,10 +140,10 @@ class Reporter:
     watched = {k: arrays.pop(k) for k in WATCHED if k in arrays}
     values = {k: v.item() for k, v in arrays.items()}
     self.diverged = not values.pop('finite')
-    self.stop = values.pop('stop') > 0 or self.trouble is not None
     if replaced := values.pop('replaced'):
       self._write(step, {'replaced': replaced})
-      self._count(step, replaced)
+      self.trouble = self._bad_share.add(step, replaced) or self.trouble
+    self.stop = values.pop('stop') > 0 or self.trouble is not None
     if not values['skipped']:
       del values['skipped']
     if not self.diverged:
@@ -171,29 +162,6 @@ class Reporter:
       self._bar.set_postfix_str(
         f'{rate:,.0f} images/s, loss {values["loss"]:.4f}, '
         f'top-1 {values["top1"]:.3f}{self._eval}'
-      )
-
-  def _epoch_of(self, step: int) -> int | None:
-    """Number of the epoch of a step's images, None if they are of two."""
-    first, after = (n * self._batch_size for n in (step - 1, step))
-    epoch = first // self._train_size
-    return epoch if epoch == (after - 1) // self._train_size else None
-
-  def _count(self, step: int, replaced: int) -> None:
-    """Stops the run where more of an epoch is unreadable than may be."""
-    self.replaced += replaced
-    epoch = self._epoch_of(step)
-    if epoch is None:  # Or an image might be counted twice.
-      return
-    if epoch != self._epoch:
-      self._epoch, self._in_epoch = epoch, 0
-    self._in_epoch += replaced
-    if self._in_epoch > self._bad_share * self._train_size:
-      self.stop = True
-      self.trouble = InputError(
-        f"{self._in_epoch} of an epoch's {self._train_size} images could not "
-        f'be read, more than data.bad_share={self._bad_share}; they are named '
-        'above; python -m skipinit_jax.data check lists all'
       )
 
   def watch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -223,7 +191,7 @@ class Reporter:
     return len(names)
 
   def sync(self) -> None:
-    """Makes what was written last through a crash of the machine."""
+    """Makes the lines survive a crash of the machine."""
     self._lines.sync()
 
   def close(self) -> None:

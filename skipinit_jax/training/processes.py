@@ -17,8 +17,8 @@ def initialize(
   """Joins the other processes, before anything else of JAX is used.
 
   Args:
-    distributed: ask Cloud TPU, Slurm or Open MPI who the others are.
-    coordinator, num_processes, process_id: or say so; all three.
+    distributed: whether Cloud TPU, Slurm or Open MPI tells who the others are.
+    coordinator, num_processes, process_id: all three, if nobody does.
     heartbeat_seconds: silence after which a process counts as lost.
 
   Raises:
@@ -66,19 +66,19 @@ def initialize(
 
 
 def several() -> bool:
-  """Whether this is one process of several."""
+  """Whether this is one of several processes."""
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def from_first(value: int) -> int:
-  """The first process's value, in all."""
+  """The first process's value, in every process."""
   if not several():
     return value
   return int(multihost_utils.broadcast_one_to_all(value))
 
 
 def agree(trouble: Exception | None) -> Exception | None:
-  """The trouble of the first process that has any, in all of them.
+  """The trouble of the first process that has any, in every process.
 
   Args:
     trouble: an InputError or RunError of this process, or None.
@@ -90,7 +90,7 @@ def agree(trouble: Exception | None) -> Exception | None:
   if trouble is not None:
     kind = b'i' if isinstance(trouble, InputError) else b'r'
     text = kind + str(trouble).encode()[:1000]
-  # Of one length in all processes.
+  # Every process sends the same number of bytes.
   ours = np.frombuffer(text.ljust(1001, b'\0'), np.uint8)
   for process, theirs in enumerate(multihost_utils.process_allgather(ours)):
     if text := theirs.tobytes().rstrip(b'\0'):
@@ -100,6 +100,6 @@ def agree(trouble: Exception | None) -> Exception | None:
 
 
 def shut_down() -> None:
-  """Leaves together with the others; only after a normal end."""
+  """Waits for the other processes and leaves; only after a normal end."""
   if several():
     jax.distributed.shutdown()

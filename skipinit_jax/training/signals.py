@@ -9,15 +9,14 @@ from typing import TextIO
 
 from skipinit_jax.cli import SIGNALED, leave
 
-# SIGHUP comes from a terminal that is gone, SIGUSR1 from schedulers ahead of
-# time.
+# SIGHUP comes from a terminal that is gone, SIGUSR1 from a scheduler some time
+# before it ends the job.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-# Sent twice by somebody who does not want to wait. The others may come in any
-# number: Ctrl-C reaches a study's run from the terminal and through its engine.
+# Sent twice by somebody who does not want to wait.
 IMPATIENT = (signal.SIGTERM, signal.SIGINT)
 
 
-def to_notice() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
   """SIGNALS without a SIGHUP that is ignored, as under nohup."""
   ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
   return [s for s in SIGNALS if not (ignored and s == signal.SIGHUP)]
@@ -42,16 +41,16 @@ class Stopped(Exception):
 
 
 class StopRequest:
-  """Notices the SIGNALS while this is entered.
+  """A context in which SIGNALS ask the run to stop.
 
   Python runs a signal handler only between two of its own instructions, so not
   while XLA compiles. The operating system's wake-up byte goes to a thread
-  instead, which acts within milliseconds: a first signal sets `requested`, or
-  leaves at once while there is nothing to lose; the same of IMPATIENT again
-  leaves at once.
+  instead, which acts within milliseconds. The first signal sets `requested`, or
+  ends the process at once while there is nothing to lose. A signal of IMPATIENT
+  that comes again ends it at once.
 
   Args:
-    say: called with a line on what is being done.
+    say: called with a line on what happens next.
 
   Attributes:
     requested: number of the first signal, None before it.
@@ -69,7 +68,7 @@ class StopRequest:
       return self  # Only the main thread may set handlers.
     self._read, self._write = os.pipe()
     os.set_blocking(self._write, False)
-    self._before = {s: signal.signal(s, _ignore) for s in to_notice()}
+    self._before = {s: signal.signal(s, _ignore) for s in handled_signals()}
     self._wakeup = signal.set_wakeup_fd(self._write)
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()
@@ -86,15 +85,15 @@ class StopRequest:
     os.close(self._read)
 
   def _watch(self) -> None:
-    seen = set()
+    received = set()
     while numbers := os.read(self._read, 1):
       number = numbers[0]
       if number not in SIGNALS:
         continue
       name = signal.Signals(number).name
-      if number in seen and number in IMPATIENT:
+      if number in received and number in IMPATIENT:
         leave(f'{name} again: stopping at once', SIGNALED + number)
-      seen.add(number)
+      received.add(number)
       if self.requested is not None:
         continue
       if self.nothing_to_lose:
@@ -109,8 +108,8 @@ class StopRequest:
 class Tolerant:
   """A text stream whose terminal may be gone.
 
-  What can't be written is lost, and not the run: a progress line that fails
-  before the SIGHUP is noticed would end it unsaved.
+  What can't be written is dropped: otherwise a progress line that fails before
+  the SIGHUP is noticed would end the run unsaved.
 
   Args:
     stream: standard output or standard error.
@@ -135,4 +134,4 @@ class Tolerant:
 
 
 def _ignore(number, frame):
-  del number, frame  # The thread has been told.
+  del number, frame  # The thread acts on it.

@@ -1,4 +1,4 @@
-"""Ends a process whose steps do not come, and says who is missing."""
+"""Ends a process that makes no steps, and says which one is missing."""
 
 import threading
 import time
@@ -9,16 +9,15 @@ from skipinit_jax.cli import STUCK, leave
 
 
 class Watchdog:
-  """A thread that ends this process after a silence.
+  """A thread that ends this process, with status STUCK, after a silence.
 
-  In a job of several processes one that hangs leaves all others waiting in a
-  collective for ever, and one that is alive keeps its heartbeat. Every process
-  therefore watches its own steps, and tells the others through the coordination
-  service how far it got.
+  If one process of a job hangs, all others wait in a collective for ever, and
+  JAX's heartbeat does not notice. Every process therefore watches its own
+  steps, and publishes how far it got through the coordination service.
 
   Args:
-    at_start: seconds without a first step after which the process ends, with
-      status 75: connecting, reading and compiling are one long silence.
+    at_start: seconds that may pass before the first step: connecting, reading
+      and compiling are one long silence.
     seconds: the same between steps.
   """
 
@@ -30,7 +29,7 @@ class Watchdog:
 
   def __enter__(self):
     self._done.clear()
-    # Other bounds are refused in a moment, by `check_config`.
+    # `check_config` is about to refuse other limits.
     if self._at_start > 0 and self._seconds > 0:
       threading.Thread(target=self._watch, daemon=True).start()
     return self
@@ -39,28 +38,24 @@ class Watchdog:
     self._done.set()
 
   def beat(self, step: int | None = None) -> None:
-    """Says that `step` steps are made, or that something else moves on."""
+    """Says that `step` steps are made, or that something else progresses."""
     self._last = time.monotonic()
     self._step = self._step if step is None else step
 
   def _watch(self) -> None:
-    told = None
+    published = None
     while not self._done.wait(min(1.0, self._seconds / 4, self._at_start / 4)):
       beat = self._step, self._last
-      if beat != told:
-        _tell(self._step)
-        told = beat
+      if beat != published:
+        _publish(_progress(self._step))
+        published = beat
       silence = time.monotonic() - self._last
-      starting = self._step is None
-      if silence > (self._at_start if starting else self._seconds):
-        leave(
-          f'error: no progress for {silence:.0f} s {_after(self._step)}; '
-          f'{_who_is_missing()}',
-          STUCK,
-        )
+      if silence > (self._at_start if self._step is None else self._seconds):
+        line = f'no progress for {silence:.0f} s {_progress(self._step)}'
+        leave(f'error: {line}; {_last_signs()}', STUCK)
 
 
-def _after(step: int | None) -> str:
+def _progress(step: int | None) -> str:
   return 'before the first step' if step is None else f'after step {step}'
 
 
@@ -68,29 +63,28 @@ def _key(process: int) -> str:
   return f'skipinit_jax/progress/{process}'
 
 
-# Not jax.process_count(), which waits for the devices, maybe for ever.
-def _tell(step: int | None) -> None:
+# Not jax.process_count(), which may wait for the devices for ever.
+def _publish(progress: str) -> None:
   job = distributed.global_state
   if job.client is not None:
     job.client.key_value_set(
-      _key(job.process_id),
-      f'{time.time()} {_after(step)}',
-      allow_overwrite=True,
+      _key(job.process_id), f'{time.time()} {progress}', allow_overwrite=True
     )
 
 
-def _who_is_missing() -> str:
+def _last_signs() -> str:
+  """The last that was heard of each process."""
   job = distributed.global_state
   if job.client is None:
     return 'this is the only process'
   lines = []
   for process in range(job.num_processes):
     try:
-      told = job.client.key_value_try_get(_key(process))
+      published = job.client.key_value_try_get(_key(process))
     except Exception:
       lines.append(f'process {process} was never heard of')
       continue
-    when, _, where = told.partition(' ')
+    when, _, progress = published.partition(' ')
     ago = time.time() - float(when)
-    lines.append(f'process {process} {where} {ago:.0f} s ago')
+    lines.append(f'process {process} {progress} {ago:.0f} s ago')
   return 'last heard of: ' + '; '.join(lines)
