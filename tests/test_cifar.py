@@ -124,7 +124,7 @@ def test_a_set_that_is_not_there_names_the_command(tmp_path):
     open_dataset(config_of(tmp_path))
 
 
-def test_training_does_not_wait_for_the_host(cifar, tmp_path):
+def test_its_recipe_trains(cifar, tmp_path):
   folder, _ = cifar
   run(
     tmp_path / 'run',

@@ -124,7 +124,7 @@ class _Checker:
         continue
       except RunError as error:
         broken.append((f'{self.split}[{index}]', str(error)))
-        self.pauses = ()  # Listing what a dead disk held must come to an end.
+        self.pauses = ()  # A dead disk must not keep the listing from ending.
         continue
       labels.add(record.label)
       reasons = list(self._wrong_label(record))

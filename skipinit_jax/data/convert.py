@@ -18,8 +18,7 @@ from skipinit_jax.errors import InputError
 def convert(source: Path, target: Path, workers: int | None = None) -> str:
   """Rewrites the prepared set in `source` into the new folder `target`.
 
-  The records' bytes stay as they are. `target` appears under its name when it
-  is whole.
+  The records' bytes stay as they are. `target` gets its name once it is whole.
 
   Args:
     source: folder of a prepared data set: TFRecords and dataset_info.json.
@@ -28,7 +27,7 @@ def convert(source: Path, target: Path, workers: int | None = None) -> str:
     workers: files written at a time; None: as many as cores.
 
   Returns:
-    What it made, one line.
+    One line about what was made.
 
   Raises:
     InputError: nothing to convert, or a damaged file; one line.
@@ -87,7 +86,7 @@ def _convert_file(source: Path, target: Path, count: int) -> int:
 
 
 def tfrecords(path: Path) -> Iterator[bytes]:
-  """The records of a TFRecord file: length, its checksum, bytes, theirs.
+  """Yields the records of a TFRecord file: length, checksum, bytes, checksum.
 
   The lengths' checksums are verified. A record whose bytes are damaged is kept,
   since training can do without it: `check` names it.

@@ -1,4 +1,4 @@
-"""What is known about imagenet2012 (ILSVRC 2012): sizes, names and labels."""
+"""imagenet2012 (ILSVRC 2012): its sizes, file names and labels."""
 
 import functools
 import re
@@ -44,8 +44,9 @@ def label_of(name: str) -> int | None:
   """The label that an image's own file name implies, or None.
 
   Args:
-    name: has the file name in it, n01440764_10026.JPEG (a training image says
-      its class) or ILSVRC2012_val_00000001.JPEG (known by its number).
+    name: contains the file name: n01440764_10026.JPEG, with the class of a
+      training image, or ILSVRC2012_val_00000001.JPEG, with the number of a
+      validation image.
   """
   if match := re.search(r'ILSVRC2012_val_(\d{8})\.', name):
     number = int(match[1])
@@ -58,7 +59,7 @@ def label_of(name: str) -> int | None:
 
 
 def wrong_sizes(sizes: Mapping[str, int]) -> list[str]:
-  """A line for each split that has not its published number of images."""
+  """A line for each split whose number of images is not the published one."""
   return [
     f'{split}: {sizes.get(split, 0):,} images, not {size:,}'
     for split, size in SIZES.items()

@@ -18,7 +18,7 @@ NEIGHBOURS = 100  # Records that are tried in place of a broken one.
 
 
 class Draw:
-  """Position in the split -> (position, all random numbers of its crop)."""
+  """Index in the split -> (index, all random numbers of its crop)."""
 
   def __call__(
     self, position: int, rng: np.random.Generator
@@ -33,7 +33,7 @@ class Crops:
 
   Attributes:
     records: the split.
-    num_classes: a label outside of them is an error.
+    num_classes: labels must be below.
     size: height and width of the crops.
   """
 
@@ -94,7 +94,7 @@ class RandomCrops(Crops):
   def _fill_whole(
     self, batch: dict[str, Any], row: int, position: int, crop: RandomCrop
   ) -> None:
-    """Fills a row with an image, or with the next one that is whole."""
+    """Fills a row with an image or, if it is broken, the next whole one."""
     size = len(self.records)
     flaw = '', ''
     for step in range(min(NEIGHBOURS, size)):
@@ -102,7 +102,7 @@ class RandomCrops(Crops):
       if found is None:
         return
       flaw = found
-      if step == 0:  # The others are counted when it is their turn.
+      if step == 0:  # The others are counted at their own positions.
         batch['broken'].append(flaw)
     raise InputError(
       f'{min(NEIGHBOURS, size)} images in a row are broken; the last: '
@@ -154,12 +154,12 @@ def iterate(dataset: Any, workers: int) -> Generator[Any]:
   threads = 1 if workers else min(8, os.cpu_count() or 1)
   dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, threads))
   if workers:
-    # Shared memory that Grain holds at exit is freed then: no warning of it.
+    # No warning about shared memory that Grain frees only at exit.
     os.environ.setdefault(
       'PYTHONWARNINGS', 'ignore::UserWarning:multiprocessing.resource_tracker'
     )
     flags = require('absl.flags').FLAGS
-    if not flags.is_parsed():  # Grain reads its own; a library parses none.
+    if not flags.is_parsed():  # Grain reads flags; a library has parsed none.
       flags.mark_as_parsed()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers))
   iterator = iter(dataset)

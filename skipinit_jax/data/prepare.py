@@ -18,23 +18,19 @@ DOWNLOADED = ('cifar10', 'cifar100')
 SAMPLED = 1000  # Records whose labels are checked after writing.
 
 
-def prepare(
-  name: str,
-  data_dir: Path,
-  manual_dir: Path | None = None,
-) -> str:
+def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> str:
   """Prepares a data set in `data_dir` by its own tfds builder.
 
   tfds writes to a folder with `incomplete` in its name and renames it at the
-  end, so that what was broken off is never taken for whole.
+  end, so that half a data set is never taken for a whole one.
 
   Args:
     name: imagenet2012, cifar10 or cifar100.
     data_dir: where tfds' data sets live.
-    manual_dir: of imagenet2012's two archives.
+    manual_dir: the folder of imagenet2012's two archives.
 
   Returns:
-    What it made, one line.
+    One line about what was made.
 
   Raises:
     InputError: it can't be done, or did not come out right; one line.
@@ -73,7 +69,7 @@ def prepare(
 
 
 def _check_space(data_dir: Path, manual_dir: Path) -> None:
-  """Room for the records, and for one bucket more of tfds' shuffling."""
+  """Checks that there is room for the records and tfds' shuffling."""
   archives = [manual_dir / name for name in imagenet.ARCHIVES]
   needed = 1.1 * sum(path.stat().st_size for path in archives)
   there = data_dir
@@ -106,8 +102,8 @@ def _run_builder(
       download_config=tfds.download.DownloadConfig(manual_dir=manual)
     )
   except Exception as error:
-    # tfds and what lies below it raise whatever they meet: a network that is
-    # not there, a full disk, a damaged inner archive.
+    # tfds raises errors of many types: no network, a full disk, a damaged inner
+    # archive.
     line = ' '.join(str(error).split()) or type(error).__name__
     raise InputError(f'{name} could not be prepared: {line}') from error
   return folder, True

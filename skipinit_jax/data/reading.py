@@ -1,13 +1,11 @@
 """Reading image files, and telling a bad file from a failing disk.
 
-Two things keep an image from being read, and they are treated apart:
-
-- The image is at fault: its content can't be decoded, or its name leads to no
-  regular file (a folder, pipe, socket or device; a link that leads nowhere).
-  `Unreadable`: it is named, counted and replaced.
+- The image is at fault: it can't be decoded, or its name leads to no regular
+  file (a folder, pipe, socket or device; a link that leads nowhere). It raises
+  `Unreadable`, and is named, counted and replaced.
 - The system is at fault: every other OSError, such as EIO, ESTALE, EMFILE,
-  EACCES, or ENOENT of a file that was listed. The read is tried again after a
-  pause, see `files.retry`, and at last it ends the run: `RunError`.
+  EACCES, or ENOENT for a file that was listed. The read is tried again, see
+  `files.retry`; if it keeps failing, `RunError` ends the run.
 """
 
 import errno

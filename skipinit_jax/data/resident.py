@@ -1,4 +1,4 @@
-"""Data sets small enough to live on the device.
+"""Data sets that fit on a device.
 
 Training costs the host nothing per step: the training step itself chooses and
 augments its batch, a pure function of (seed, step).

@@ -33,8 +33,7 @@ from skipinit_jax.data.records import (
 from skipinit_jax.data.sources import source_of
 from skipinit_jax.errors import InputError
 
-# ImageNet's training images by channel, on the scale of 0 to 255; the values
-# that the field uses.
+# The usual values for ImageNet's training images, by channel, from 0 to 255.
 MEAN = 255 * np.array([0.485, 0.456, 0.406])
 STD = 255 * np.array([0.229, 0.224, 0.225])
 SAMPLED = 64  # Records that are read when a data set is opened.
@@ -43,7 +42,7 @@ LISTED = 3  # Broken images in an error; all are named as they occur.
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """Images that are decoded, cropped and batched as training goes.
+  """A data set of image files, decoded, cropped and batched during training.
 
   Attributes:
     config: a recipe's `data`. image_size: height and width of the crops in
@@ -113,11 +112,11 @@ class Stream:
   ) -> Generator[tuple[np.ndarray, np.ndarray, list[str]]]:
     """Yields a process's part of each step's batch, forever.
 
-    A batch depends neither on the number of workers nor on where the run began.
-    Each epoch shows every image once, and the epochs follow one another without
-    a gap. The rows of the first process come first in the global batch, and so
-    on. A broken image is replaced by the next one that is whole, whose label it
-    gets. Close the iterator to stop its workers.
+    A batch depends neither on the number of workers nor on the first step. Each
+    epoch shows every image once, and the next follows without a gap. The global
+    batch has the rows of the first process first. A broken image is replaced,
+    with its label, by the next whole one. Close the iterator to stop its
+    workers.
 
     Args:
       config: see `Dataset.inputs`.
@@ -215,8 +214,8 @@ def _share(
 ) -> Any:
   """Cuts a Grain MapDataset into one process's rows of each batch.
 
-  Before they are chosen: a process has rows that follow one another, as devices
-  have, so that examples keep their numbers.
+  A process has consecutive rows, as devices have, so that the index of an image
+  in the global batch is the same for any number of processes.
   """
   batches = dataset.batch(rows, drop_remainder=True, batch_fn=list)
   return batches.slice(slice(process_index, None, process_count))
