@@ -30,7 +30,7 @@ from benchmarks.peers import (
   example_step,
   recipe,
 )
-from skipinit_jax import cli
+from skipinit_jax import cli, markdown
 from skipinit_jax.ahead_of_time.chips import GIB, Slice, topology
 from skipinit_jax.ahead_of_time.measure import cost, measure
 from skipinit_jax.training.devices import map_over_devices
@@ -67,13 +67,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
   """Markdown, relative to the example where that was compiled."""
   fields = ('bytes_accessed', 'hbm_bytes', 'activation_bytes')
   base = results.get('example')
-  lines = [
-    '| network | bytes accessed | HBM bytes | activations | images/s a chip, '
-    'at most |',
-    '|---|---|---|---|---|',
-  ]
+  heads = ['network', 'bytes accessed', 'HBM bytes', 'activations']
+  rows = [[*heads, 'images/s a chip, at most']]
   for name, result in results.items():
-    cells = []
+    cells = [NETWORKS[name]]
     for field in fields:
       value = result[field]
       unit, scale = ('GiB', GIB) if field == 'activation_bytes' else ('GB', 1e9)
@@ -81,8 +78,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
       cells.append(f'{value / scale:.2f} {unit}{share}')
     seconds = max(result['compute_seconds'], result['memory_seconds'])
     cells.append(f'{BATCH / seconds:,.0f}')
-    lines.append(f'| {NETWORKS[name]} | {" | ".join(cells)} |')
-  return '\n'.join(lines) + '\n'
+    rows.append(cells)
+  return markdown.table(rows)
 
 
 def main() -> None:

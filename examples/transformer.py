@@ -41,7 +41,7 @@ import optax
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from skipinit_jax import Join, SkipInitDense, plotting
+from skipinit_jax import Join, SkipInitDense, markdown, plotting
 from skipinit_jax.models.stages import Stage
 from skipinit_jax.training.result import versions
 
@@ -278,15 +278,14 @@ def measure(plan: Plan) -> list[dict[str, Any]]:
 
 def table(cells: list[dict[str, Any]]) -> str:
   """Test accuracy: mean, standard deviation over the seeds, and rate."""
-  lines = ['| blocks | ' + ' | '.join(v[0] for v in KINDS.values()) + ' |']
-  lines += ['|---' * (len(KINDS) + 1) + '|']
+  rows = [['blocks', *(label for label, _ in KINDS.values())]]
   for depth, row in itertools.groupby(cells, lambda cell: cell['depth']):
     entries = [
       f'{100 * c["mean"]:.1f} ± {100 * c["spread"]:.1f} (2^{c["exponent"]})'
       for c in row
     ]
-    lines.append(f'| {depth} | {" | ".join(entries)} |')
-  return '\n'.join(lines)
+    rows.append([str(depth), *entries])
+  return markdown.table(rows)
 
 
 @plotting.style()
@@ -329,7 +328,7 @@ def main() -> None:
   args = parser.parse_args()
   plan = SMALL if args.small else Plan()
   cells = measure(plan)
-  print(table(cells))
+  print(table(cells), end='')
   if args.out is None:
     return
   report = {

@@ -12,25 +12,14 @@ from pathlib import Path
 
 import pytest
 from runs import ROOT, finish, wait_for
+from studies import GRID
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments import __main__ as cli
 from skipinit_jax.experiments import engines, runner
 from skipinit_jax.experiments.grid import TEST, Cell, cells, make_run
 from skipinit_jax.experiments.selection import runs_at, total_runs, wanted
-from skipinit_jax.experiments.studies import DEPTH, STUDIES, Axis, Grid
-
-# Seconds a run, most of it the start of a process.
-GRID = Grid(
-  recipe='synthetic',
-  fields={'epochs': 3.0, 'model.depth': 10},
-  rows=Axis('batch', {str(b): {'batch_size': b} for b in (16, 32)}),
-  columns=('skipinit',),
-  rates=(-6, 39),
-  validation=8,
-  seeds=1,
-  best=1,
-)
+from skipinit_jax.experiments.studies import DEPTH, STUDIES, Axis
 
 
 def result(top1=0.5):
@@ -166,7 +155,7 @@ def test_a_study_of_real_runs(tmp_path):
 STUDY = """
 import dataclasses, sys
 sys.path.insert(0, {tests!r})
-from test_experiments import GRID
+from studies import GRID
 from skipinit_jax.experiments import __main__ as command
 from skipinit_jax.experiments.studies import DEPTH, STUDIES
 grid = dataclasses.replace(GRID, rates=(-6,))

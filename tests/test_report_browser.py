@@ -2,7 +2,7 @@
 
 import pytest
 from browser import PHONE, chromium, needs_chromium, probe
-from test_report import make_grid, make_study, write_runs
+from studies import make_grid, make_study, write_runs
 
 from skipinit_jax.experiments.report import write_report
 

@@ -1,1 +1,1 @@
-"""The papers' experiments: grids over recipes, run, stopped and continued."""
+"""The papers' experiments: grids over recipes, run, stopped and resumed."""

@@ -5,8 +5,8 @@ python -m skipinit_jax.experiments run depth --dataset=digits
 python -m skipinit_jax.experiments report depth --dataset=digits
 python -m skipinit_jax.experiments status depth --dataset=digits
 
-What a recipe's fields are set to comes last, as in --config.epochs=2; a study
-that was stopped goes on with the same command.
+Fields of the recipe come last, as in --config.epochs=2; the same command
+resumes a study that was stopped.
 """
 
 import argparse
@@ -37,7 +37,12 @@ from skipinit_jax.experiments.selection import (
   total_runs,
   wanted,
 )
-from skipinit_jax.experiments.studies import STUDIES, Grid, find_study
+from skipinit_jax.experiments.studies import (
+  STUDIES,
+  Grid,
+  Study,
+  find_study,
+)
 from skipinit_jax.experiments.words import duration
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.network import build_model
@@ -51,7 +56,7 @@ Texts = list[tuple[str, str]]  # Fields that are set, and their values.
 
 
 def main() -> None:
-  """Parses, and ends in one line where the input is bad."""
+  """Runs the command; bad input ends it with one line."""
   for number in handled_signals():
     signal.signal(number, _stop)
   args, texts = parser().parse_with_fields()
@@ -128,7 +133,7 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
   check(grid)
   if args.engine == 'ray':
     engines.require_ray()
-  workdir = place(args)
+  workdir = study_folder(args)
   open_study(workdir, study, grid, args.dataset)
   results = Results(workdir)
   left = wanted(grid, results)
@@ -179,10 +184,10 @@ def status(args: argparse.Namespace, texts: Texts) -> None:
     print(f'unreadable: {problem}')
 
 
-def opened(args: argparse.Namespace, texts: Texts):
-  """A study that was started, with the overrides that it was started with."""
+def opened(args: argparse.Namespace, texts: Texts) -> tuple[Study, Grid, Path]:
+  """A started study, its grid with the overrides of that start, its folder."""
   study, grid = find_study(args.study, args.dataset)
-  workdir = place(args)
+  workdir = study_folder(args)
   overrides = read_study(workdir)['overrides']
   if texts and parse_fields(load_recipe(grid.recipe), texts) != overrides:
     raise InputError(f'{workdir} was run with other fields: {overrides}')
@@ -191,13 +196,13 @@ def opened(args: argparse.Namespace, texts: Texts):
   return study, grid, workdir
 
 
-def place(args: argparse.Namespace) -> Path:
+def study_folder(args: argparse.Namespace) -> Path:
   """The study's folder."""
   return args.workdir or Path('runs') / f'{args.study}-{args.dataset}'
 
 
 def check(grid: Grid) -> None:
-  """Raises InputError for a run that can't be, and for missing data."""
+  """Raises InputError for a config that can't run, or missing data."""
   some = [
     run
     for cell in cells(grid)
@@ -211,7 +216,7 @@ def check(grid: Grid) -> None:
 
 
 def grid_lines(grid: Grid) -> str:
-  """The grid, as it is about to be run."""
+  """The grid in words, before it is run."""
   columns = ', '.join(VARIANTS[c].label for c in grid.columns)
   lines = [
     f'{grid.rows.name}: {", ".join(grid.rows.values)}',

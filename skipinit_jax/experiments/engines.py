@@ -1,7 +1,7 @@
 """Engines: where a study's runs are computed, and how many at a time.
 
-Each is a context that gives a function: it starts a run and returns a future
-of the exit status, or of the words on how it was lost.
+Each is a context that yields a function; the function starts a run and returns
+a future of its exit status, or of a phrase that says how it was lost.
 """
 
 import concurrent.futures
@@ -18,11 +18,9 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.experiments.grid import Run
 from skipinit_jax.experiments.runner import OUTPUT
 
-# Of a GPU's memory, to all runs on it together.
-MEMORY = 0.9
-# Of a run whose machine or process Ray has lost.
-RESTARTS = 10
-# Where this package is found, in a checkout that is not installed too.
+MEMORY = 0.9  # Share of a GPU's memory, for all runs on it together.
+RESTARTS = 10  # Of a run whose machine or process Ray has lost.
+# The folder of this package, for a checkout that is not installed.
 PACKAGE = str(Path(__file__).resolve().parents[2])
 Submit = Callable[[Run], concurrent.futures.Future]
 
@@ -30,13 +28,13 @@ Submit = Callable[[Run], concurrent.futures.Future]
 def run_process(
   arguments: list[str], folder: str, memory: float, stop: threading.Event
 ) -> int:
-  """Trains in a process of its own; returns its exit status.
+  """Trains in a new process; returns its exit status.
 
   Args:
-    arguments: of `python -m skipinit_jax.training`.
-    folder: of the run.
-    memory: share of a GPU's memory that it may take.
-    stop: asks it to save and stop.
+    arguments: for `python -m skipinit_jax.training`.
+    folder: the run's folder.
+    memory: share of a GPU's memory that the run may take.
+    stop: when set, the run saves and stops.
   """
   Path(folder).mkdir(parents=True, exist_ok=True)
   command = [
@@ -55,7 +53,7 @@ def run_process(
     process = subprocess.Popen(
       command,
       env=environment,
-      stdin=subprocess.PIPE,  # The end of it asks the run to stop.
+      stdin=subprocess.PIPE,  # Its end tells the run to stop.
       stdout=output,
       stderr=output,
     )
@@ -86,7 +84,7 @@ def local(workdir: Path, jobs: int) -> Iterator[Submit]:
 
 
 def require_ray() -> ModuleType:
-  """Ray; InputError where it is not installed."""
+  """The module ray; InputError if it is not installed."""
   try:
     import ray
   except ImportError:
@@ -100,13 +98,13 @@ def require_ray() -> ModuleType:
 def on_ray(
   workdir: Path, address: str | None, gpus: float, cpus: float
 ) -> Iterator[Submit]:
-  """Runs as tasks of a Ray cluster, which starts a lost one RESTARTS times.
+  """Runs as tasks of a Ray cluster, which restarts a lost one RESTARTS times.
 
   Args:
-    workdir: that all of the cluster's machines see.
-    address: of the cluster, 'auto' for that of this machine; None: a cluster
-      of this machine alone, for as long as the study runs.
-    gpus, cpus: share of a GPU, and CPUs, of each run.
+    workdir: a folder that all machines of the cluster can see.
+    address: of the cluster, 'auto' for the one on this machine; None: a new
+      cluster of this machine alone, for as long as the study runs.
+    gpus, cpus: share of a GPU, and number of CPUs, for each run.
   """
   ray = require_ray()
   try:

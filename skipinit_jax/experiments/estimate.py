@@ -1,4 +1,4 @@
-"""What a study will cost, before it starts."""
+"""The cost of a study, before it starts."""
 
 import functools
 import math
@@ -14,20 +14,20 @@ from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.network import build_model
 
-# Of one CPU core's time, measured on the digits (ablations 1,200 s in 80 runs,
-# fixup_parts 816 s in 60): a layer of a step takes at least this long, and a
-# run so long beside its steps.
+# Seconds of a CPU core, measured on the digits (ablations 1,200 s in 80 runs,
+# fixup_parts 816 s in 60): at least for a layer of a step, and for a run beside
+# its steps.
 LAYER_SECONDS, RUN_SECONDS = 4e-4, 5.0
 CPU_RATE, SUSTAINED_RATE = 5e10, 1e14  # FLOPs a second.
 
 
 def cost(grid: Grid) -> dict[str, float]:
-  """Runs, images, FLOPs and seconds of a grid, each cell's runs to their end.
+  """Runs, images, FLOPs and seconds of a whole grid.
 
   Returns:
-    runs; images that are trained on; flops, of convolutions and matrix
-    products, forward and backward; cpu_seconds, a rough estimate of one
-    CPU core's time; device_seconds at SUSTAINED_RATE.
+    runs; images, trained on; flops of convolutions and matrix products, forward
+    and backward; cpu_seconds, a rough estimate for one CPU core; device_seconds
+    at SUSTAINED_RATE.
   """
   total = dict.fromkeys(('runs', 'images', 'flops', 'cpu_seconds'), 0.0)
   for cell in cells(grid):
@@ -65,9 +65,9 @@ def image_flops(
   image_shape: tuple[int, int, int],
   num_classes: int,
 ) -> float:
-  """FLOPs of one image's forward pass, two a multiplication and addition.
+  """FLOPs of one image's forward pass, two for a multiplication and addition.
 
-  A deep Wide-ResNet's are those of two shallow ones, drawn on as a line.
+  Those of a deep Wide-ResNet are extrapolated linearly from two shallow ones.
   """
   if name == 'wide_resnet' and depth > 22:
     a, b = (

@@ -10,8 +10,8 @@ from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.experiments.words import DASH, duration, rate_text
 
 TESTED = (
-  'The test split was looked at once, at the chosen rate, after training on '
-  'the whole training split; it chose no rate.'
+  'The test split was evaluated exactly once, at the chosen rate, after '
+  'training on the whole training split; it chose no rate.'
 )
 
 

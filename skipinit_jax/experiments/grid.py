@@ -22,7 +22,7 @@ VALIDATION, TEST = 'validation', 'test'
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Cell:
-  """A place in a study's table, by what is printed on its axes."""
+  """A place in a study's table: the values on its three axes."""
 
   panel: str
   row: str
@@ -34,12 +34,12 @@ class Run:
   """One training run.
 
   Attributes:
-    cell: whose run it is.
+    cell: its place in the table.
     rate: exponent of 2 of its learning rate, times the grid's unit.
-    seed: of the run.
+    seed: its random seed.
     split: VALIDATION, to choose the rate, or TEST, at the chosen one.
-    recipe: what it starts from.
-    fields: that it changes, by dotted name.
+    recipe: the recipe that it starts from.
+    fields: the recipe's fields that it changes, by dotted name.
   """
 
   cell: Cell
@@ -56,14 +56,14 @@ class Run:
 
   @property
   def title(self) -> str:
-    """The run for people: its place in the grid."""
+    """The run in words: its place in the grid."""
     cell = self.cell
     place = ', '.join(p for p in (cell.panel, cell.row, cell.column) if p)
     return f'{place}, 2^{self.rate}, seed {self.seed}, {self.split} ({self.id})'
 
   @functools.cached_property
   def id(self) -> str:
-    """Twelve digits that stand for all that changes the run's numbers."""
+    """Twelve hexadecimal digits of all fields that change the numbers."""
     fields = flatten_dict(self.config.to_dict(), sep='.')
     for name in FREE:
       fields.pop(name, None)
@@ -71,11 +71,11 @@ class Run:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
   def folder(self, workdir: Path) -> Path:
-    """The run's own workdir in that of the study."""
+    """The run's folder in that of the study."""
     return workdir / 'runs' / self.id
 
   def arguments(self, workdir: Path) -> list[str]:
-    """Of `train.py`, or of `python -m skipinit_jax.training`."""
+    """Arguments of `train.py` or `python -m skipinit_jax.training`."""
     return [
       f'--config={self.recipe}',
       f'--workdir={self.folder(workdir)}',
@@ -83,7 +83,7 @@ class Run:
     ]
 
   def command(self, workdir: Path) -> str:
-    """What makes this run again, for a shell."""
+    """The command that repeats this run, for a shell."""
     return shlex.join(
       ['python', '-m', 'skipinit_jax.training', *self.arguments(workdir)]
     )
@@ -115,7 +115,7 @@ def make_run(grid: Grid, cell: Cell, rate: int, seed: int, split: str) -> Run:
     grid.overrides,
   ):
     fields |= {k: v(fields) if callable(v) else v for k, v in part.items()}
-  if split == TEST:  # Which is looked at once.
+  if split == TEST:  # Evaluated exactly once, at the end.
     epochs = fields.get('epochs', load_recipe(grid.recipe).epochs)
     fields['eval_every_epochs'] = epochs
   return Run(cell, rate, seed, split, grid.recipe, fields)

@@ -3,7 +3,7 @@
 import itertools
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -12,7 +12,7 @@ from skipinit_jax import markdown
 from skipinit_jax.experiments.facts import make_facts, state_of
 from skipinit_jax.experiments.figures import write_figures
 from skipinit_jax.experiments.findings import Findings
-from skipinit_jax.experiments.grid import Run
+from skipinit_jax.experiments.selection import Outcome
 from skipinit_jax.experiments.studies import Grid, Study
 from skipinit_jax.experiments.tables import Table, make_tables
 from skipinit_jax.experiments.words import (
@@ -25,27 +25,6 @@ from skipinit_jax.experiments.words import (
 )
 
 FILES = ('config.json', 'metrics.jsonl', 'result.json')
-
-
-class RunLine(NamedTuple):
-  """A run in the report; `numbers` are of its outcome, `files` names."""
-
-  id: str
-  split: str
-  rate: str
-  seed: int
-  numbers: list[str]
-  files: list[str]
-  command: str
-
-
-class CellRuns(NamedTuple):
-  """The runs of a cell in the report."""
-
-  name: str
-  anchor: str
-  done: int
-  runs: list[RunLine]
 
 
 def write_report(study: Study, grid: Grid, dataset: str, workdir: Path) -> Path:
@@ -68,54 +47,40 @@ def write_report(study: Study, grid: Grid, dataset: str, workdir: Path) -> Path:
 
 
 def make_content(findings: Findings) -> dict[str, Any]:
-  """What both templates show."""
-  study = findings.study
-  anchors = {cell: f'runs-{i}' for i, cell in enumerate(findings.runs, 1)}
-  drawings = write_figures(findings.workdir / 'figures', findings)
+  """The values that both templates show."""
+  study, grid, workdir = findings.study, findings.grid, findings.workdir
+  drawings = write_figures(workdir / 'figures', findings)
+  groups = itertools.groupby(drawings, lambda drawing: drawing.heading)
   return {
+    'findings': findings,
+    'workdir': workdir,
     'study': study,
     'title': f'{study.title}: {dataset_name(findings.dataset)}',
     'state': state_of(findings),
     'tables': list(make_tables(findings)),
-    'figures': [
-      (heading, list(group))
-      for heading, group in itertools.groupby(drawings, lambda d: d.heading)
-    ],
+    'figures': [(heading, list(group)) for heading, group in groups],
     'facts': make_facts(findings),
-    'anchors': anchors,
-    'cells': [
-      CellRuns(
-        cell_name(findings.grid, cell),
-        anchors[cell],
-        findings.done(runs),
-        [_run_line(findings, run) for run in runs],
-      )
-      for cell, runs in findings.runs.items()
+    'anchors': {cell: f'runs-{i}' for i, cell in enumerate(findings.runs, 1)},
+    'names': {cell: cell_name(grid, cell) for cell in findings.runs},
+    'rates': {rate: rate_text(grid, rate) for rate in grid.rates},
+    'numbers': _numbers,
+    'files': lambda run: [
+      name for name in FILES if (run.folder(workdir) / name).exists()
     ],
-    'problems': findings.problems,
   }
 
 
-def _run_line(findings: Findings, run: Run) -> RunLine:
-  numbers = ['not done', '', '', '', '']
-  if outcome := findings.outcomes.get(run.id):
-    numbers = [
-      outcome.status,
-      f'{100 * outcome.top1:.2f}',
-      DASH if outcome.loss is None else f'{outcome.loss:.4g}',
-      f'{outcome.steps:,}',
-      f'{outcome.seconds:,.1f}',
-    ]
-  folder = run.folder(findings.workdir)
-  return RunLine(
-    run.id,
-    run.split,
-    rate_text(findings.grid, run.rate),
-    run.seed,
-    numbers,
-    [name for name in FILES if (folder / name).exists()],
-    run.command(findings.workdir),
-  )
+def _numbers(outcome: Outcome | None) -> list[str]:
+  """A run's status, accuracy, loss, steps and seconds."""
+  if outcome is None:
+    return ['not done', '', '', '', '']
+  return [
+    outcome.status,
+    f'{100 * outcome.top1:.2f}',
+    DASH if outcome.loss is None else f'{outcome.loss:.4g}',
+    f'{outcome.steps:,}',
+    f'{outcome.seconds:,.1f}',
+  ]
 
 
 def _environment(**options: Any) -> jinja2.Environment:

@@ -1,8 +1,8 @@
-"""Running a study: what can be started is, until nothing is left.
+"""Running a study: every run that can start is started, until none is left.
 
-A run is a process of its own that goes on where it was stopped; a finished one
-is never repeated. An engine is a function that starts a run and returns a
-future, see `engines`.
+A run is a process that resumes where it was stopped; a finished one is never
+repeated. An engine is a function that starts a run and returns a future, see
+`engines`.
 """
 
 import concurrent.futures
@@ -27,14 +27,14 @@ from skipinit_jax.experiments.studies import Study
 from skipinit_jax.files import write_json
 
 STUDY = 'study.json'
-OUTPUT = 'output.txt'  # What a run printed, in its folder.
+OUTPUT = 'output.txt'  # Standard output and error of a run, in its folder.
 
 
 class Results:
   """The outcomes in a workdir, read once each.
 
   Attributes:
-    problems: run's id -> a line on its result, which could not be read.
+    problems: run id -> a line on a result that can't be read.
   """
 
   def __init__(self, workdir: Path):
@@ -43,13 +43,13 @@ class Results:
     self.problems: dict[str, str] = {}
 
   def __call__(self, run: Run) -> Outcome | None:
-    """The outcome of a run; None if it is not finished, or can't be read."""
+    """The outcome of a run; None if not finished or not readable."""
     if run.id not in self._known:
       self.read(run)
     return self._known[run.id]
 
   def read(self, run: Run) -> Outcome | None:
-    """As a call, but looks again."""
+    """As a call, but reads the file again."""
     self.problems.pop(run.id, None)
     self._known[run.id] = None
     try:
@@ -60,10 +60,10 @@ class Results:
 
 
 def open_study(workdir: Path, study: Study, grid: Grid, dataset: str) -> None:
-  """Makes a study's folder, or checks that the one there is of this study.
+  """Makes a study's folder, or checks that an existing one is this study's.
 
   Raises:
-    InputError: it holds another study, or another grid.
+    InputError: the folder holds another study or grid, or can't be made.
   """
   ours = describe(study, grid, dataset)
   path = workdir / STUDY
@@ -86,7 +86,7 @@ def open_study(workdir: Path, study: Study, grid: Grid, dataset: str) -> None:
 
 
 def read_study(workdir: Path) -> dict[str, Any]:
-  """What `open_study` wrote; InputError if there is none."""
+  """The contents of study.json; InputError if there is none."""
   try:
     study = json.loads((workdir / STUDY).read_text())
     return study | {'overrides': dict(study['overrides'])}
@@ -115,15 +115,15 @@ def run_study(
   workdir: Path,
   submit: Callable[[Run], concurrent.futures.Future],
 ) -> list[str]:
-  """Runs all that is not finished, with a line about each run that ended.
+  """Runs all that is not finished, and prints a line for each run that ends.
 
   Args:
-    grid: of the study.
-    workdir: see `open_study`.
+    grid: the study's grid.
+    workdir: the study's folder, see `open_study`.
     submit: the engine, see `engines`.
 
   Returns:
-    A line on each run that failed, after the others are done.
+    A line for each run that failed, after the others are done.
   """
   results = Results(workdir)
   running: dict[concurrent.futures.Future, Run] = {}
@@ -155,7 +155,7 @@ def run_study(
 
 
 def progress_bar(grid: Grid, results: Results) -> tqdm.tqdm:
-  """One line over the whole study; nothing where there is no terminal."""
+  """A bar for the whole study; none without a terminal."""
   return tqdm.tqdm(
     total=total_runs(grid),
     initial=sum(results(r) is not None for r in known_runs(grid, results)),
@@ -167,7 +167,7 @@ def progress_bar(grid: Grid, results: Results) -> tqdm.tqdm:
 
 
 def reason(run: Run, workdir: Path, status: Any) -> str:
-  """Why a run failed: the last line that it printed."""
+  """The reason why a run failed: the last line that it printed."""
   path = run.folder(workdir) / OUTPUT
   text = path.read_text(errors='replace') if path.exists() else ''
   lines = [line for line in text.splitlines() if line.strip()]

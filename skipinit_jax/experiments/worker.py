@@ -1,10 +1,10 @@
-"""One run of a study: training, in a folder that it has to itself.
+"""One run of a study: training that stops when its parent process does.
 
   python -m skipinit_jax.experiments.worker FOLDER --config=...
 
-Saves and stops at the end of its standard input, which who started it closes,
-or the operating system when that process has ended, however it ended. Where one
-is still saving in FOLDER, the next one waits for it.
+Saves and stops at the end of its standard input, which the parent closes, or
+the operating system once the parent is gone. If another worker is still saving
+in FOLDER, this one waits for it.
 """
 
 import os
@@ -29,7 +29,7 @@ def main() -> None:
 def _stop_at_the_end_of_input() -> None:
   while os.read(sys.stdin.fileno(), 1):
     pass
-  # Not SIGTERM, of which the group of processes may have been sent one too: a
+  # Not SIGTERM: the whole process group may have received one already, and a
   # second one stops without saving.
   os.kill(os.getpid(), signal.SIGUSR1)
 
