@@ -362,29 +362,6 @@ def test_a_deterministic_gpu_needs_its_flag_early(monkeypatch):
   devices.check_devices(config)
 
 
-@pytest.mark.parametrize(
-  ('given', 'missing'),
-  [
-    ({'coordinator': 'host:1'}, '--num-processes, --process-id'),
-    ({'num_processes': 2}, '--coordinator, --process-id'),
-    ({'coordinator': 'host:1', 'process_id': 0}, '--num-processes'),
-  ],
-)
-@pytest.mark.parametrize('distributed', [False, True])
-def test_processes_are_named_with_all_three_flags(given, missing, distributed):
-  flags = dict.fromkeys(('coordinator', 'num_processes', 'process_id')) | given
-  message = refused(
-    lambda: processes.initialize(distributed, **flags, heartbeat_seconds=10)
-  )
-  assert message.startswith(f'{missing} must be given too')
-
-
-def test_process_id_is_below_the_number():
-  message = refused(processes.initialize, False, 'host:1', 2, 2, 10)
-  assert '--process-id=2' in message
-  assert '--num-processes=2' in message
-
-
 def test_one_process_joins_nobody():
   processes.initialize(False, None, None, None, 10)
   assert not processes.several()

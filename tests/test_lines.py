@@ -66,12 +66,3 @@ def test_numbers_that_are_not_finite_become_null(workdir):
   assert Lines(workdir).read() == [
     {'step': 1, 'norm': None, 'deep': {'x': None}}
   ]
-
-
-def test_a_line_that_was_cut_off_is_left_out(tmp_path):
-  written(tmp_path, 2, 4)
-  path = tmp_path / 'metrics.jsonl'
-  for cut in range(1, 20):
-    path.write_text(path.read_text()[:-1] if cut > 1 else path.read_text())
-    whole = path.read_text().count('}')
-    assert len(Lines(tmp_path).read()) == whole

@@ -208,22 +208,6 @@ def test_overrides_are_typed_and_have_the_last_word():
   assert run.config.epochs == 3.0
 
 
-@pytest.mark.parametrize(
-  ('name', 'text', 'line'),
-  [
-    ('epoch', '3', "no field 'epoch'; did you mean 'epochs'"),
-    ('model.dept', '3', "no field 'model.dept'; did you mean 'model.depth'"),
-    ('epochs.x', '3', "no field 'epochs.x'"),
-    ('epochs', 'many', 'epochs=many: expected a value of type float'),
-    ('model.remat', 'maybe', 'model.remat=maybe: expected a value of'),
-  ],
-)
-def test_wrong_overrides_are_one_line(name, text, line):
-  with pytest.raises(InputError, match=line) as error:
-    parse_fields(load_recipe('digits'), [(name, text)])
-  assert '\n' not in str(error.value)
-
-
 # Means and rates.
 
 
