@@ -1,4 +1,4 @@
-"""What this package says about bad input: one line, for people."""
+"""Errors for people: one line each, with the value and what was expected."""
 
 import difflib
 import errno
@@ -11,7 +11,7 @@ from typing import Any
 
 BUCKETS = ('gs', 's3', 'az')
 
-# What a file system answers that is full or broken, not badly chosen.
+# Errors of a file system that is full or broken, not badly chosen.
 FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -20,7 +20,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-  """A run that can't go on for a reason outside it (a full disk); one line."""
+  """A run that can't continue for a reason outside it, as a full disk."""
 
 
 def unwritable(
@@ -32,7 +32,7 @@ def unwritable(
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> str:
-  """A line for a name that is not in a table, with the nearest that is.
+  """An error for a name that is not in a table, with the most similar one.
 
   >>> unknown('color', 'rde', ['red', 'blue'])
   "unknown color 'rde'; did you mean 'red'? (one of: red, blue)"
@@ -66,14 +66,14 @@ def kind(value: Any) -> str:
 
 
 def check_folder(name: str | os.PathLike, buckets: bool = False) -> str:
-  """The name of a folder that can be written to, with ~ as the home folder.
+  """Checks that a folder can be written to; returns its name, ~ expanded.
 
   Args:
-    name: of a folder, which need not exist.
-    buckets: whether the address of an object store will do.
+    name: of a folder, which does not have to exist.
+    buckets: whether the address of an object store is accepted.
 
   Raises:
-    InputError: a file is in its place, or it can't be made; nothing is written.
+    InputError: it can't be written to, or made; nothing is written.
   """
   text = os.fspath(name)
   if not text.strip():
@@ -89,17 +89,17 @@ def check_folder(name: str | os.PathLike, buckets: bool = False) -> str:
     )
   path = Path(os.path.expanduser(text))
   try:
-    there = path
-    while not (there.exists() or there.is_symlink()):
-      there = there.parent
-    is_folder = there.is_dir()
+    existing = path
+    while not (existing.exists() or existing.is_symlink()):
+      existing = existing.parent
+    is_folder = existing.is_dir()
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or str(error)
     raise InputError(f'{text!r}: {reason}') from None
   if text.startswith('~') and str(path).startswith('~'):
     raise InputError(f'{text!r}: no such user; expected a folder')
   if not is_folder:
-    raise InputError(f'{text!r}: {there} is a file; expected a folder')
-  if not os.access(there, os.W_OK | os.X_OK):
-    raise InputError(f'{text!r}: {there} may not be written to')
+    raise InputError(f'{text!r}: {existing} is a file; expected a folder')
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise InputError(f'{text!r}: no permission to write to {existing}')
   return str(path)

@@ -45,7 +45,7 @@ PROGRAM, WEIGHTS = 'model.stablehlo', 'weights.safetensors'
 DESCRIPTION = 'model.json'
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 DEFAULT_PLATFORMS = ('cpu', 'cuda', 'tpu')
-# Of `ResNet`: what its function depends on. The rest is training's.
+# The fields of `ResNet` that its function depends on; others are for training.
 FIELDS = (
   'stage_sizes',
   'bottleneck',
@@ -227,7 +227,7 @@ def _describe(
       'leaves': sorted(names[0] - names[1]),
       'gain': methods[0].gain / methods[1].gain,
     },
-    # Of `skipinit_jax.ResNet`, as `load` makes it.
+    # Fields of `skipinit_jax.ResNet`, as `load` makes it.
     'network': {name: getattr(model, name) for name in FIELDS}
     | {'method': dataclasses.asdict(methods[1])},
     'platforms': list(platforms),

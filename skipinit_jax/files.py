@@ -1,4 +1,4 @@
-"""Small files: written whole, read with patience, set aside where damaged."""
+"""Small files: written whole, read with retries, set aside if damaged."""
 
 import errno
 import json
@@ -17,12 +17,12 @@ from skipinit_jax.errors import RunError
 T = TypeVar('T')
 
 PAUSES = (0.5, 2.0, 8.0)  # Seconds before a read that failed is tried again.
-# What a file system answers that can't bring the names in a folder to the disk.
+# Errors of file systems that can't flush the names in a folder to the disk.
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 class DamagedFile(RunError):
-  """A file whose content can't be what was written; one line.
+  """A file that does not hold what was written; one line.
 
   Attributes:
     path: of the file.
@@ -34,9 +34,9 @@ class DamagedFile(RunError):
 
 
 def write_whole(path: epath.PathLike, data: bytes) -> None:
-  """Writes a file that a crash, or a power cut, leaves as it was or whole."""
+  """Writes a file; a crash or power cut leaves the old one or the new one."""
   path = epath.Path(path)
-  if _is_object(path):  # Appears when it is whole.
+  if _is_object(path):  # Objects appear when they are whole.
     path.write_bytes(data)
     return
   temporary = path.with_name(f'{path.name}.tmp')
@@ -45,7 +45,7 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
 
 
 def commit(temporary: os.PathLike, path: os.PathLike) -> None:
-  """Gives a file that is written its name, once its bytes are on the disk."""
+  """Renames a file to `path` once its bytes are on the disk."""
   _sync(temporary)
   os.replace(temporary, path)
   try:
@@ -56,11 +56,11 @@ def commit(temporary: os.PathLike, path: os.PathLike) -> None:
 
 
 def read_bytes(path: epath.PathLike) -> bytes | None:
-  """What a file holds, None if there is none.
+  """The content of a file, None if there is no file.
 
   Raises:
     DamagedFile: there is something else, such as a folder.
-    RunError: the system can't read it, also when tried again.
+    RunError: the system can't read it, even after retries.
   """
   path = epath.Path(path)
 
@@ -124,10 +124,10 @@ def _describe(error: OSError) -> str:
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any] | None:
-  """The JSON object that a file holds, None if there is no file.
+  """The JSON object in a file, None if there is no file.
 
   Raises:
-    DamagedFile: it holds no JSON object.
+    DamagedFile: its content is not a JSON object.
     RunError: see `read_bytes`.
   """
   data = read_bytes(path)
@@ -152,7 +152,7 @@ def dumps(value: Any, **kwargs) -> str:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-  """The JSON object in UTF-8; ValueError, in a few words, if it is none."""
+  """A JSON object in UTF-8; raises ValueError, in a few words, if it is not."""
   try:
     value = json.loads(data.decode('utf-8-sig'), parse_constant=_refuse)
   except UnicodeDecodeError as error:
@@ -165,7 +165,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def set_aside(path: epath.PathLike) -> epath.Path:
-  """Renames what is damaged to `damaged-NAME`, or with a number after that."""
+  """Renames a damaged file to `damaged-NAME`, with a number if that exists."""
   path = epath.Path(path)
   aside = name_aside(path)
   path.rename(aside)
@@ -173,7 +173,7 @@ def set_aside(path: epath.PathLike) -> epath.Path:
 
 
 def name_aside(path: epath.PathLike) -> epath.Path:
-  """A name beside `path` for what is damaged, that nothing has yet."""
+  """An unused name beside `path` for what is damaged."""
   path = epath.Path(path)
   aside, number = path.with_name(f'damaged-{path.name}'), 1
   while aside.exists() or os.path.islink(aside):
@@ -197,7 +197,7 @@ def _refuse(name: str) -> None:
 
 
 def _sync(path: os.PathLike | str) -> None:
-  """Waits until a file, or the names in a folder, are on the disk."""
+  """Waits until a file, or a folder's list of names, is on the disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

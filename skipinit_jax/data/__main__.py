@@ -18,7 +18,7 @@ def _folder(value: str) -> Path:
     if not value.strip():
       raise InputError(f'{value!r}: expected the name of a folder')
     return local_path(value)
-  except InputError as error:  # argparse has a line of its own for these.
+  except InputError as error:  # argparse prints these with the flag.
     raise argparse.ArgumentTypeError(str(error)) from None
 
 

@@ -35,8 +35,8 @@ class Checkpoints:
   keeps no checksum of arrays: a digest is saved beside them and compared.
 
   A read that fails for a reason of the system (a network disk that does not
-  answer) is tried again, and then ends the run; it says nothing about the
-  checkpoint. One is damaged if it can be read, but not as it was written.
+  answer) is tried again, and then ends the run. A checkpoint is damaged if it
+  can be read, but not as it was written.
 
   Args:
     workdir: of the run; checkpoints are in its folder `checkpoints`.
@@ -44,7 +44,7 @@ class Checkpoints:
       top-1 of those saved after an evaluation; `fall_back` lets a damaged one
       be passed over.
     say: called with a line about each damaged checkpoint.
-    read_only: changes nothing in the workdir, whose run may be going on.
+    read_only: changes nothing in the workdir, whose run may be in progress.
   """
 
   def __init__(
@@ -81,7 +81,7 @@ class Checkpoints:
     with errors_as(f'checkpoints in {folder} can not be used'):
       self._manager = ocp.CheckpointManager(
         folder if '://' in str(folder) else folder.resolve(),
-        # Without them a fresh manager tells nothing of what was saved.
+        # Without them a new manager can't read the metadata of a checkpoint.
         item_handlers={
           'state': ocp.StandardCheckpointHandler(),
           'check': ocp.JsonCheckpointHandler(),

@@ -130,7 +130,7 @@ class Lines:
     return [(self._path, _parse(line)) for line in lines if line.strip()]
 
   def _copy_aside(self) -> epath.Path:
-    """Copies what is there, so that it is always in one place or the other."""
+    """Copies the lines as they are to a new file or folder beside them."""
     if not self._in_bucket:
       aside = name_aside(self._path)
       write_whole(aside, read_bytes(self._path) or b'')

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, TensorBoard events, the progress line."""
+"""A run's metrics: metrics.jsonl, TensorBoard events, the progress line."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ from skipinit_jax.training.bad_share import BadShare
 from skipinit_jax.training.lines import Lines
 from skipinit_jax.training.timetable import Timetable
 
-# What differs from run to run; every other field of a line is reproducible.
+# These differ from run to run; every other field of a line is reproducible.
 TIMINGS = ('images_per_second', 'data_wait_seconds')
 # Metrics that have a value for every block.
 WATCHED = ('alpha', 'branch_share', 'block_grad_norm')
@@ -30,11 +30,11 @@ class Reporter:
 
   Args:
     workdir: of the run.
-    start: steps made already.
-    times: when a line is due.
-    batch_size: for images a second.
-    names: of the values of each metric of WATCHED.
-    bad_share: of an epoch's images that may be unreadable.
+    start: steps already made.
+    times: when lines are due.
+    batch_size: of all processes.
+    names: for each metric of WATCHED, the names of its values.
+    bad_share: the share of an epoch's images that may be unreadable.
 
   Attributes:
     diverged: whether metrics that are not finite were read.
@@ -132,7 +132,7 @@ class Reporter:
     self._bar.update(count)
 
   def flush(self) -> None:
-    """Reads the metrics taken and not yet read, and writes what is due."""
+    """Reads the metrics of the last call, and writes what is due."""
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from skipinit_jax.errors import RunError
 
-# These tell of what is in a folder, not of trouble with reading it.
+# These are about the content of a folder, not about trouble with reading it.
 CONTENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 # TensorStore's errors: paths, then No space left on device [os_error_code='28'.
 _TENSORSTORE = re.compile(r"([^:]+) \[os_error_code='(\d+)'")
