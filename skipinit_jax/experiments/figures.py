@@ -256,7 +256,8 @@ def _losses(findings: Findings, cells: Sequence[Cell]) -> Iterator[_Sketch]:
     x, y = zip(*thinned(points), strict=True)
     axes.plot(x, y, linewidth=1.5, **style)
     if curve.diverged:
-      axes.plot(x[-1], y[-1], 'x', color=style['color'], ms=9, mew=2.5)
+      cross = {'color': style['color'], 'ms': 9, 'mew': 2.5}
+      axes.plot(x[-1], y[-1], 'x', clip_on=False, **cross)
   if not axes.lines:
     return
   log_if_wide(axes)
