@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from skipinit_jax.errors import InputError, unknown
 
 MOST = 2**31 - 1
-LARGEST = 2**34  # Bytes of all synthetic images.
 
 # Field -> its type, lowest and highest value; a tuple holds two numbers, the
 # lower one first.
@@ -73,15 +72,6 @@ def check_fields(config: ConfigDict) -> None:
       f'data.eval_resize={config.eval_resize}: expected at least '
       f'{config.image_size}, data.image_size'
     )
-  if own is SYNTHETIC:
-    images = config.train_size + config.eval_size
-    needed = images * config.height * config.width * config.channels
-    if needed > LARGEST:
-      raise InputError(
-        f'data.train_size={config.train_size} and data.eval_size='
-        f'{config.eval_size} need {needed:.3g} bytes; expected at most '
-        f'{LARGEST:.3g}'
-      )
   for name in config:
     if name not in own and any(name in other for other in FIELDS.values()):
       raise InputError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from skipinit_jax.data.resident import Resident, make_resident
 from skipinit_jax.data.sources import source_of
 from skipinit_jax.errors import InputError
 from skipinit_jax.files import commit, retry, set_aside
+
+LARGEST = 2**34  # Bytes of all synthetic images.
 
 
 def digits(config: ConfigDict) -> Resident:
@@ -42,6 +45,13 @@ def synthetic(config: ConfigDict) -> Resident:
   """Random images and labels of any shape, for smoke tests and benchmarks."""
   rng = np.random.default_rng(0)
   shape = config.height, config.width, config.channels
+  needed = (config.train_size + config.eval_size) * math.prod(shape)
+  if needed > LARGEST:
+    raise InputError(
+      f'data.train_size={config.train_size} and data.eval_size='
+      f'{config.eval_size} need {needed:.3g} bytes; expected at most '
+      f'{LARGEST:.3g}'
+    )
 
   def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
     images = rng.integers(0, 256, (n, *shape), dtype=np.uint8)
