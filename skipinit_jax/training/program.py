@@ -119,7 +119,7 @@ def make_program(
 
 def _train_steps(
   config: ConfigDict,
-  data: Any,
+  data: Dataset,
   tx: optax.GradientTransformation,
   gradient: Callable,
 ) -> Callable:
