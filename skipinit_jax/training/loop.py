@@ -16,7 +16,7 @@ from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.models.parameters import alphas, block_names
 from skipinit_jax.training import devices, processes, resume
-from skipinit_jax.training.checkpoints import FOLDER, Checkpoints
+from skipinit_jax.training.checkpoints import Checkpoints, saved_steps
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.describe import describe
 from skipinit_jax.training.evaluate import AskedToStop, evaluate, warm_up
@@ -291,12 +291,10 @@ def evaluate_latest(
     InputError: a recipe that can't run, or a workdir without a checkpoint.
   """
   workdir = epath.Path(workdir)
-  if not (workdir / FOLDER).is_dir():
+  if not saved_steps(workdir):
     raise InputError(f'{workdir} holds no checkpoint')
   program = _open_program(config)
   devices.set_compilation_cache(config.compilation_cache)
   with Checkpoints(workdir, config, say, read_only=True) as checkpoints:
-    if not checkpoints.steps():
-      raise InputError(f'{workdir} holds no checkpoint')
     step, state = resume.restore_or_create(program, checkpoints)
   return {'step': step, **evaluate(program, state)}
