@@ -37,7 +37,7 @@ RC: dict[Any, Any] = {
   'svg.hashsalt': 'skipinit-jax',
   'text.parse_math': False,  # A $ in a label is a dollar.
 }
-# In a file of its own an SVG has no page to take a color from.
+# A standalone SVG file has no page to take a color from.
 STANDALONE = (
   '<style>:root{color:#1b1b1b}text{fill:currentColor}'
   '@media (prefers-color-scheme: dark){:root{color:#e8e8e8}}</style>'

@@ -24,7 +24,7 @@ EVIL = '<script>alert(1)</script>&"|`$x$'
 RATES = (-3, -2, -1)
 # On the held out images: -1 is within error of -2, and -3 is not.
 TUNING = {-3: 0.80, -2: 0.90, -1: 0.885}
-SHIFT = 0.01  # Of the seeds, to either side; so the error is 1 %.
+SHIFT = 0.01  # Of each seed, to either side: an error of 1 %.
 TESTED = {'16': 0.935, '100': 0.9}
 UNFINISHED = Cell('', '100', 'skipinit')
 

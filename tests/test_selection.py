@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from skipinit_jax import published
+from skipinit_jax import cli, published
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments import estimate
 from skipinit_jax.experiments.grid import (
@@ -39,7 +39,7 @@ from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import (
   load_recipe,
   parse_fields,
-  recipe_path,
+  set_fields,
 )
 from skipinit_jax.variants import VARIANTS
 
@@ -172,16 +172,14 @@ def test_a_run_is_known_by_what_changes_its_numbers():
   assert make_run(free, cell, -4, 1, VALIDATION).id == run.id
 
 
-# Of ml_collections, which loads the recipe.
-@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 def test_the_command_makes_the_config(tmp_path):
-  from test_recipes import load
-
   run = make_run(tiny(unit=0.1), Cell('', '16', 'skipinit'), -3, 1, TEST)
-  first, *rest = run.arguments(tmp_path)
-  assert first == '--config=digits'
-  path = recipe_path('digits')
-  loaded = load(f'--config={path}', *(a for a in rest if 'workdir' not in a))
+  parser = cli.Parser(fields=True)
+  parser.add_argument('--config')
+  parser.add_argument('--workdir')
+  args, texts = parser.parse_with_fields(run.arguments(tmp_path))
+  config = load_recipe(args.config)
+  loaded = set_fields(config, parse_fields(config, texts))
   assert loaded.to_dict() == run.config.to_dict()
   assert run.config.optimizer.learning_rate == pytest.approx(0.0125)
 

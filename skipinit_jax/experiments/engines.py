@@ -19,7 +19,7 @@ from skipinit_jax.experiments.grid import Run
 from skipinit_jax.experiments.runner import OUTPUT
 
 MEMORY = 0.9  # Share of a GPU's memory, for all runs on it together.
-RESTARTS = 10  # Of a run whose machine or process Ray has lost.
+RESTARTS = 10  # Of a run, when Ray loses its machine or process.
 # The folder of this package, for a checkout that is not installed.
 PACKAGE = str(Path(__file__).resolve().parents[2])
 Submit = Callable[[Run], concurrent.futures.Future]
