@@ -1,12 +1,12 @@
 """Fully connected residual networks, against numpy and against theory."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import normal, randomize
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
@@ -19,27 +19,8 @@ from skipinit_jax.models import (
   unstack_blocks,
 )
 
+SHAPE = (6, 3, 2)
 NAMES = [name for name in METHODS if name != 'fixup']
-
-
-def inputs(shape=(6, 3, 2), seed=0):
-  values = np.random.default_rng(seed).standard_normal(shape)
-  return jnp.asarray(values, jnp.float32)
-
-
-def randomize(model, x, seed=0):
-  shapes = jax.eval_shape(
-    functools.partial(model.init, train=False), jax.random.key(0), x
-  )
-  rng = np.random.default_rng(seed)
-
-  def draw(path, leaf):
-    value = 0.4 * rng.standard_normal(leaf.shape)
-    if path[-1].key in ('var', 'scale', 'alpha'):
-      value = 0.5 + np.abs(value)
-    return jnp.asarray(value, leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def by_hand(model, variables, x):
@@ -77,8 +58,8 @@ def test_computes_what_its_definition_says(method, activation, layers, skip):
   model = DenseResNet(
     3, 5, 4, method, activation=activation, branch_layers=layers, skip=skip
   )
-  x = inputs()
-  variables = randomize(model, x)
+  x = normal(SHAPE)
+  variables = randomize(model, x.shape)
   got, _ = model.apply(variables, x, train=True, mutable=['batch_stats'])
   expected = by_hand(model, variables, x)
   assert got.shape == (6, 4)
@@ -90,8 +71,8 @@ def test_computes_what_its_definition_says(method, activation, layers, skip):
 
 @pytest.mark.parametrize('method', NAMES)
 def test_scanned_equals_unrolled(method):
-  model, x = DenseResNet(4, 5, method=method), inputs()
-  variables = randomize(model, x)
+  model, x = DenseResNet(4, 5, method=method), normal(SHAPE)
+  variables = randomize(model, x.shape)
 
   def gradients(model, variables):
     params = variables['params']
@@ -114,8 +95,7 @@ def test_scanned_equals_unrolled(method):
 
 @pytest.mark.parametrize('method', NAMES)
 def test_every_leaf_has_a_known_name(method):
-  x = inputs()
-  params = randomize(DenseResNet(11, 4, method=method), x)['params']
+  params = randomize(DenseResNet(11, 4, method=method), SHAPE)['params']
   labels = set(jax.tree.leaves(param_labels(params)))
   scalars = {'alpha'} if METHODS[method].alpha is not None else set()
   norms = {'scale'} if METHODS[method].normalize else set()
@@ -132,7 +112,7 @@ def test_kernels_start_with_the_variance_that_the_activation_asks(
   activation, variance
 ):
   model = DenseResNet(2, 128, activation=activation, method='none')
-  x = inputs((1, 64))
+  x = normal((1, 64))
   params = model.init(jax.random.key(0), x, train=False)['params']
   kernels = [
     v for v in jax.tree.leaves(params) if v.ndim == 2 and v.shape[1] == 128
@@ -144,7 +124,7 @@ def test_kernels_start_with_the_variance_that_the_activation_asks(
 
 
 def test_the_scalar_starts_where_it_is_told():
-  x = inputs()
+  x = normal(SHAPE)
   for alpha, expected in ((None, 0), (0.3, 0.3), ('1/sqrt(d)', 4**-0.5)):
     model = DenseResNet(4, 3, alpha=alpha)
     found = alphas(model.init(jax.random.key(0), x, train=False)['params'])
@@ -153,7 +133,7 @@ def test_the_scalar_starts_where_it_is_told():
 
 def test_a_branch_that_ends_in_zero_is_no_branch():
   method = dataclasses.replace(METHODS['none'], zero_last=True)
-  x = inputs((4, 7))
+  x = normal((4, 7))
   deep = DenseResNet(5, 6, None, method)
   variables = deep.init(jax.random.key(0), x, train=False)
   stem = np.asarray(variables['params']['stem']['kernel'])
@@ -167,7 +147,7 @@ def test_a_branch_that_ends_in_zero_is_no_branch():
 
 def test_float64_throughout():
   with jax.enable_x64(True):
-    x = jnp.asarray(inputs(), jnp.float64)
+    x = jnp.asarray(normal(SHAPE), jnp.float64)
     model = DenseResNet(2, 4, method='batchnorm', param_dtype='float64')
     variables = model.init(jax.random.key(0), x, train=False)
     assert model.apply(variables, x, train=False).dtype == jnp.float64
@@ -187,7 +167,7 @@ def test_float64_throughout():
 def test_a_network_that_can_not_be_is_one_line(fields, message):
   model = DenseResNet(blocks=2, width=3, **fields)
   with pytest.raises(InputError, match=message) as error:
-    model.init(jax.random.key(0), inputs(), train=False)
+    model.init(jax.random.key(0), normal(SHAPE), train=False)
   assert '\n' not in str(error.value)
 
 

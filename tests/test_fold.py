@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from toys import flatten
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
@@ -60,11 +61,6 @@ def images(size, dtype=np.float32):
   return np.random.default_rng(1).normal(size=(2, size, size, 3)).astype(dtype)
 
 
-def names(tree):
-  flat = jax.tree_util.tree_leaves_with_path(tree)
-  return [jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in flat]
-
-
 def run(model, params, rest, inputs):
   apply = jax.jit(
     lambda v, x: model.apply(v, x, train=False),
@@ -94,14 +90,14 @@ def test_the_same_logits_without_scalars(method, network, biases, scan):
   model = NETWORKS[network](method=method, biases=biases, scan=scan)
   params, rest = split(moved(model, inputs))
   plain, folded = fold(model, params)
-  scalars = any(name.endswith('alpha') for name in names(params))
+  scalars = any(name.endswith('alpha') for name in flatten(params))
   assert scalars == (METHODS[method].alpha is not None)
   # The plain network asks for exactly these leaves.
   wanted = jax.eval_shape(
     lambda: plain.init(jax.random.key(0), jnp.asarray(inputs), train=False)
   )
-  assert names(folded) == names(wanted['params'])
-  assert not [name for name in names(folded) if name.endswith('alpha')]
+  assert list(flatten(folded)) == list(flatten(wanted['params']))
+  assert not [name for name in flatten(folded) if name.endswith('alpha')]
   after = run(plain, folded, rest, inputs)
   close(after, run(model, params, rest, inputs), 2e-5)
 
@@ -175,7 +171,7 @@ def test_dense_networks(method, scan, activation):
   close(
     run(plain, folded, rest, inputs), run(model, params, rest, inputs), 2e-5
   )
-  assert not [n for n in names(folded) if n.endswith('alpha')]
+  assert not [n for n in flatten(folded) if n.endswith('alpha')]
 
 
 @pytest.mark.parametrize('method', ['skipinit', 'divide_sqrt2'])

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from toys import flatten, normal
 
 from skipinit_jax.models import (
   METHODS,
@@ -123,19 +124,6 @@ PATHS = {
 def part(name, **fields):
   make, shape, trains = PARTS[name]
   return make(**fields), shape, {'train': True} if trains else {}
-
-
-def normal(shape, seed=0, dtype='float32'):
-  values = np.random.default_rng(seed).standard_normal(shape)
-  return jnp.asarray(values, dtype)
-
-
-def flatten(tree):
-  flat = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-    for path, leaf in flat
-  }
 
 
 def shapes(name, **fields):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from toys import flatten, normal, shapes_of
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
@@ -35,20 +36,10 @@ def network(**fields):
   return WideResNet(16, 1, **fields)
 
 
-def images(seed=0, shape=SHAPE):
-  values = np.random.default_rng(seed).standard_normal(shape)
-  return jnp.asarray(values, jnp.float32)
-
-
-def names(model, shape=SHAPE):
-  """Parameter -> shape, from a network's shapes alone."""
-  x = jax.ShapeDtypeStruct(shape, jnp.float32)
-  init = functools.partial(model.init, train=False)
-  params = jax.eval_shape(init, jax.random.key(0), x)['params']
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
+def names(model):
+  """Parameter -> shape."""
+  params = flatten(shapes_of(model, SHAPE)['params'])
+  return {path: leaf.shape for path, leaf in params.items()}
 
 
 def joins(model, variables, x):
@@ -68,7 +59,7 @@ def joins(model, variables, x):
 @pytest.mark.parametrize('biases', [False, True])
 def test_a_looks_linear_network_is_linear_at_the_start(skip, biases):
   model = network(skip=skip, biases=biases, **LINEAR)
-  a, b = images(0), images(1)
+  a, b = normal(SHAPE), normal(SHAPE, 1)
   variables = model.init(jax.random.key(2), a, train=False)
   f = jax.jit(lambda x: model.apply(variables, x, train=False))
   scale = float(jnp.abs(f(a)).max())
@@ -84,7 +75,7 @@ def test_a_looks_linear_network_is_linear_at_the_start(skip, biases):
 
 
 def test_a_looks_linear_network_bends_once_its_kernels_move():
-  model, x = network(skip=False, **LINEAR), images()
+  model, x = network(skip=False, **LINEAR), normal(SHAPE)
   variables = model.init(jax.random.key(0), x, train=False)
 
   def loss(params):
@@ -110,7 +101,7 @@ def test_concatenated_relu_against_numpy():
 @pytest.mark.parametrize('channels', [(3, 3), (3, 8)])
 def test_orthogonal_convolutions_keep_norms(size, channels):
   kernel = orthogonal(2.0)(jax.random.key(0), (size, size, *channels))
-  x = images(shape=(2, 6, 6, channels[0]))
+  x = normal((2, 6, 6, channels[0]))
   y = jax.lax.conv_general_dilated(
     x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
   )
@@ -130,7 +121,7 @@ def test_orthogonal_kernels_keep_the_second_moment_through_relu():
   """Of x and -x together, exactly: ReLU shares their norm between them."""
   init = kernel_initializer('orthogonal', he=None)
   kernel = init(jax.random.key(0), (1, 1, 8, 16))[0, 0]
-  x = images(shape=(5, 8))
+  x = normal((5, 8))
   parts = [jax.nn.relu(v) @ kernel for v in (x, -x)]
   squares = sum(jnp.square(part).sum(-1) for part in parts)
   np.testing.assert_allclose(squares / 2, jnp.square(x).sum(-1), rtol=1e-5)
@@ -181,7 +172,7 @@ def test_concatenated_relu_doubles_the_inputs_that_follow_it():
 
 @pytest.mark.parametrize('method', ['none', 'batchnorm'])
 def test_without_skip_paths_the_branches_follow_one_another(method):
-  model, x = network(skip=False, method=method), images()
+  model, x = network(skip=False, method=method), normal(SHAPE)
   variables = model.init(jax.random.key(0), x, train=False)
   assert joins(model, variables, x) == 0
   assert joins(network(), network().init(jax.random.key(0), x, train=False), x)
@@ -214,7 +205,7 @@ def test_without_skip_paths_the_branches_follow_one_another(method):
 
 
 def test_scanned_is_unrolled():
-  model, x = network(skip=False, **LINEAR), images()
+  model, x = network(skip=False, **LINEAR), normal(SHAPE)
   model = model.clone(stage_sizes=(3, 2), features=8, stem_features=8)
   variables = model.init(jax.random.key(0), x, train=False)
   scanned = model.clone(scan=True, remat=True)
@@ -287,7 +278,7 @@ def test_a_recipe_trains_a_looks_linear_network(tmp_path):
 def test_a_bottleneck_is_linear_too():
   model = ResNet((2, 1), True, num_classes=5, features=4, stem_features=4)
   model = model.clone(method='none', small_images=True, **LINEAR)
-  a, b = images(0), images(1)
+  a, b = normal(SHAPE), normal(SHAPE, 1)
   variables = model.init(jax.random.key(2), a, train=False)
   f = jax.jit(lambda x: model.apply(variables, x, train=False))
   np.testing.assert_allclose(f(a + b), f(a) + f(b), atol=1e-4)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import flatten, normal, randomize, shapes_of
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
@@ -37,43 +38,6 @@ FAMILIES = {
 NETWORKS = [(family, method) for family in FAMILIES for method in METHODS]
 
 
-def images(shape, seed=0, dtype='float32'):
-  values = np.random.default_rng(seed).standard_normal(shape)
-  return jnp.asarray(values, dtype)
-
-
-def shapes_of(model, shape):
-  init = functools.partial(model.init, train=False)
-  x = jax.ShapeDtypeStruct(shape, jnp.float32)
-  return jax.eval_shape(init, jax.random.key(0), x)
-
-
-def randomize(model, shape, seed=0):
-  """Non-zero values for every variable, of a size that keeps activations."""
-  rng = np.random.default_rng(seed)
-
-  def draw(path, leaf):
-    name = jax.tree_util.keystr(path[-1:], simple=True)
-    value = rng.standard_normal(leaf.shape)
-    if name == 'kernel':
-      value *= (2 / np.prod(leaf.shape[:-1])) ** 0.5
-    elif name in ('scale', 'var', 'alpha'):
-      value = 0.7 + 0.2 * np.abs(value)
-    else:
-      value *= 0.3
-    return jnp.asarray(value, leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(draw, shapes_of(model, shape))
-
-
-def flatten(tree):
-  flat = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    jax.tree_util.keystr(p, simple=True, separator='/'): np.asarray(v)
-    for p, v in flat
-  }
-
-
 def compiled(model, f):
   """Eager, batch normalization compiles dozens of programs for each shape."""
   return jax.jit(f) if model.method == 'batchnorm' else f
@@ -86,7 +50,7 @@ def gradients(model, variables, x, seed=9):
     y, _ = model.apply(
       {**variables, 'params': params}, x, train=True, mutable=['batch_stats']
     )
-    return (y * images(y.shape, seed)).sum()
+    return (y * normal(y.shape, seed)).sum()
 
   return flatten(compiled(model, jax.grad(loss))(variables['params']))
 
@@ -94,7 +58,7 @@ def gradients(model, variables, x, seed=9):
 @pytest.mark.parametrize(('family', 'method'), NETWORKS)
 def test_networks_start_with_finite_float32_logits(family, method):
   model, shape = FAMILIES[family]
-  model, x = model.clone(method=method), images(shape)
+  model, x = model.clone(method=method), normal(shape)
   variables = model.init(jax.random.key(0, impl='rbg'), x, train=False)
   params = variables['params']
   assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype('float32')}
@@ -122,7 +86,7 @@ def test_networks_start_with_finite_float32_logits(family, method):
 def test_every_parameter_reaches_the_logits(family, method):
   model, shape = FAMILIES[family]
   model = model.clone(method=method)
-  grads = gradients(model, randomize(model, shape), images(shape))
+  grads = gradients(model, randomize(model, shape), normal(shape))
   dead = [p for p, g in grads.items() if not np.abs(g).max() > 1e-6]
   assert not dead
   assert all(np.isfinite(g).all() for g in grads.values())
@@ -137,7 +101,7 @@ def test_at_alpha_zero_the_branches_wait_for_alpha(family):
     lambda path, v: v * 0 if path[-1].key == 'alpha' else v,
     variables['params'],
   )
-  grads = gradients(model, variables, images(shape))
+  grads = gradients(model, variables, normal(shape))
   inside = {p for p in grads if '/conv' in p and not p.endswith('alpha')}
   assert len(inside) == model.num_blocks * (6 if model.bottleneck else 4)
   for path, grad in grads.items():
@@ -149,7 +113,7 @@ def test_at_its_start_fixup_trains_the_classifier_then_the_last_kernels(family):
   model, shape = FAMILIES[family]
   model = model.clone(method='fixup')
   last = 'conv3' if model.bottleneck else 'conv2'
-  drawn, x = randomize(model, shape)['params'], images(shape)
+  drawn, x = randomize(model, shape)['params'], normal(shape)
 
   def start(zeros):
     """Kernels as drawn but for `zeros`, scalars as Fixup starts them."""
@@ -198,7 +162,7 @@ def test_biases_and_dropout_go_with_every_method(method):
   } | {
     f'stage2/block1/{conv}/bias' for conv in ('conv1', 'conv2', 'projection')
   }
-  x = images(shape)
+  x = normal(shape)
 
   def train(seed, model=model):
     key = jax.random.key(seed)
@@ -228,7 +192,7 @@ def test_biases_and_dropout_go_with_every_method(method):
 
 def test_jit_computes_what_eager_does():
   model, shape = FAMILIES['wide']
-  variables, x = randomize(model, shape), images(shape)
+  variables, x = randomize(model, shape), normal(shape)
   apply = functools.partial(model.apply, train=True)
   np.testing.assert_allclose(
     jax.jit(apply)(variables, x), apply(variables, x), rtol=1e-4, atol=1e-5
@@ -352,7 +316,7 @@ def test_only_blocks_that_change_the_shape_project():
 
 def test_without_classes_the_features_come_back():
   model, shape = FAMILIES['wide']
-  variables, x = randomize(model, shape), images(shape)
+  variables, x = randomize(model, shape), normal(shape)
   headless = model.clone(num_classes=None)
   features = headless.apply(variables, x, train=False)
   assert features.shape == (4, 64)
@@ -584,7 +548,7 @@ def test_logits_equal_an_implementation_on_arrays(
   # Fixup has no bias vectors in its own networks.
   fields = {} if method == 'fixup' else fields
   model = FAMILIES[family][0].clone(method=method, **fields)
-  variables, x = randomize(model, shape), images(shape, 4)
+  variables, x = randomize(model, shape), normal(shape, 4)
   logits = compiled(model, functools.partial(model.apply, train=False))(
     variables, x
   )
@@ -609,8 +573,8 @@ def lax_convolution(x, kernel):
 
 @pytest.mark.parametrize(('inputs', 'outputs'), [(1, 1), (5, 3)])
 def test_the_product_for_2x2_images_is_the_convolution(inputs, outputs):
-  x = images((3, 2, 2, inputs))
-  kernel = images((3, 3, inputs, outputs), 1)
+  x = normal((3, 2, 2, inputs))
+  kernel = normal((3, 3, inputs, outputs), 1)
   got = output_and_gradients(x, kernel, convolution.convolve_2x2)
   expected = output_and_gradients(x, kernel, lax_convolution)
   for a, b in zip(got, expected, strict=True):
@@ -619,8 +583,8 @@ def test_the_product_for_2x2_images_is_the_convolution(inputs, outputs):
 
 
 def test_2x2_images_in_bfloat16_stay_bfloat16():
-  x = images((3, 2, 2, 4), 0, 'bfloat16')
-  kernel = images((3, 3, 4, 6), 1, 'bfloat16')
+  x = normal((3, 2, 2, 4), 0, 'bfloat16')
+  kernel = normal((3, 3, 4, 6), 1, 'bfloat16')
   y = convolution.convolve_2x2(x, kernel)
   exact = lax_convolution(x.astype('float32'), kernel.astype('float32'))
   assert y.dtype == jnp.bfloat16
@@ -665,7 +629,7 @@ def test_networks_on_8x8_images_take_the_product_for_their_last_stage(
 
 
 def test_cutting_a_batch_changes_no_dropout_mask():
-  key, x = jax.random.key(3), images((8, 30))
+  key, x = jax.random.key(3), normal((8, 30))
   whole = drop_by_example(key, x, 0.4, 0)
   parts = [drop_by_example(key, x[i : i + 2], 0.4, i) for i in (0, 2, 4, 6)]
   np.testing.assert_array_equal(whole, np.concatenate(parts))
@@ -692,7 +656,7 @@ def dropping(shape):
   model = ResNet(
     (1,), num_classes=5, features=4, small_images=True, dropout=0.5
   )
-  variables, x = randomize(model, shape), images(shape)
+  variables, x = randomize(model, shape), normal(shape)
 
   def train(x, first):
     rngs = {'dropout': jax.random.key(0)}
@@ -723,7 +687,7 @@ def test_under_vmap_dropout_is_told_which_example_it_has():
 
 def test_training_without_dropout_needs_no_key():
   model, shape = ResNet((1,), num_classes=2, features=4), (2, 8, 8, 1)
-  variables, x = randomize(model, shape), images(shape)
+  variables, x = randomize(model, shape), normal(shape)
   train = model.apply(variables, x, train=True)
   np.testing.assert_array_equal(train, model.apply(variables, x, train=False))
   with pytest.raises(flax.errors.InvalidRngError, match='dropout'):
@@ -745,7 +709,7 @@ def test_per_example_gradients_average_to_the_batch_gradient(method):
     small_images=True,
   )
   shape = (4, 4, 4, 1)
-  params, x = randomize(model, shape)['params'], images(shape)
+  params, x = randomize(model, shape)['params'], normal(shape)
   labels = jnp.asarray([0, 3, 1, 4])
 
   def loss(params, x, labels):

@@ -11,6 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from toys import flatten, normal
 
 from skipinit_jax import models
 from skipinit_jax.errors import InputError
@@ -46,24 +47,14 @@ LAYERS = {
 }
 
 
-def normal(shape, seed=0, dtype='float32'):
-  values = np.random.default_rng(seed).standard_normal(shape)
-  return jnp.asarray(values, dtype)
-
-
 def pure(module, *kinds):
   """Nested dicts of a module's arrays, without its random streams."""
   kinds = kinds or (nnx.Param, nnx.BatchStat)
   return nnx.to_pure_dict(nnx.state(module, nnx.Any(*kinds)))
 
 
-def leaves(tree):
-  flat = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
-
-
 def assert_close(got, expected, rtol, atol=0.0):
-  got, expected = leaves(got), leaves(expected)
+  got, expected = flatten(got), flatten(expected)
   assert set(got) == set(expected)
   for path, leaf in expected.items():
     np.testing.assert_allclose(got[path], leaf, rtol, atol, err_msg=path)
@@ -133,7 +124,7 @@ def test_a_folded_layer_starts_at_zero_and_keeps_its_dtypes(name):
   assert y.dtype == jnp.bfloat16
   assert not y.any()
   assert float(jnp.abs(layer.kernel[...]).max()) > 0
-  assert {v.dtype for v in leaves(pure(layer)).values()} == {np.dtype('f4')}
+  assert {v.dtype for v in flatten(pure(layer)).values()} == {np.dtype('f4')}
 
 
 def test_alpha_multiplies_the_kernel_before_the_cast_to_bfloat16():
@@ -280,7 +271,7 @@ def test_steps_on_nnx_are_the_steps_on_linen(name):
     got = train_step(module, optimizer)
     np.testing.assert_allclose(got, expected, rtol=1e-4)
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, start)
-  assert min(leaves(moved['classifier']).values()) > 1e-3
+  assert min(flatten(moved['classifier']).values()) > 1e-3
   assert_close(pure(module, nnx.Param), params, 1e-3, 1e-5)
   assert_close(pure(module, nnx.BatchStat), stats, 1e-3, 1e-5)
   variables = {'params': params, 'batch_stats': stats}

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from toys import flatten
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
@@ -48,20 +49,13 @@ def params_of(model, method, **fields):
   return jax.eval_shape(init, jax.random.key(0), x)['params']
 
 
-def by_path(tree):
-  flat = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    jax.tree_util.keystr(p, simple=True, separator='/'): v for p, v in flat
-  }
-
-
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('family', MODELS)
 def test_labels_are_total_and_by_exact_leaf_name(family, method):
   params = params_of(MODELS[family], method, biases=True)
   labels = param_labels(params)
   assert jax.tree.structure(labels) == jax.tree.structure(params)
-  for path, label in by_path(labels).items():
+  for path, label in flatten(labels).items():
     assert path.endswith(f'/{label}')
   expected = {'kernel', 'bias'}
   expected |= {'scale'} if METHODS[method].normalize else set()
@@ -73,7 +67,7 @@ def test_labels_are_total_and_by_exact_leaf_name(family, method):
 @pytest.mark.parametrize('method', METHODS)
 def test_scanned_and_unrolled_networks_have_the_same_labels(method):
   def labels(scan):
-    return by_path(param_labels(params_of(MODELS['wide'], method, scan=scan)))
+    return flatten(param_labels(params_of(MODELS['wide'], method, scan=scan)))
 
   scanned, unrolled = labels(True), labels(False)
   assert scanned != unrolled
@@ -84,7 +78,7 @@ def test_scanned_and_unrolled_networks_have_the_same_labels(method):
 @pytest.mark.parametrize('method', METHODS)
 def test_kernels_alone_decay_by_default(method):
   params = params_of(MODELS['basic'], method, biases=True)
-  mask = by_path(decay_mask(params))
+  mask = flatten(decay_mask(params))
   assert {type(v) for v in mask.values()} == {bool}
   for path, decays in mask.items():
     assert decays == path.endswith('/kernel'), path
@@ -92,11 +86,11 @@ def test_kernels_alone_decay_by_default(method):
 
 def test_what_decays_is_a_field():
   params = params_of(MODELS['basic'], 'fixup', biases=True)
-  mask = by_path(decay_mask(params, decay=('alpha', 'scalar_bias')))
+  mask = flatten(decay_mask(params, decay=('alpha', 'scalar_bias')))
   for path, decays in mask.items():
     assert decays == path.endswith(('/alpha', '/scalar_bias')), path
-  assert not any(by_path(decay_mask(params, decay=())).values())
-  assert all(by_path(decay_mask(params, decay=LEAVES)).values())
+  assert not any(flatten(decay_mask(params, decay=())).values())
+  assert all(flatten(decay_mask(params, decay=LEAVES)).values())
 
 
 def test_the_mask_is_what_optax_takes():

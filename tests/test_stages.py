@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from toys import normal, randomize, shapes_of
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
@@ -34,38 +35,16 @@ def network(blocks=3, **fields):
   )
 
 
-def images(seed=0):
-  values = np.random.default_rng(seed).standard_normal(SHAPE)
-  return jnp.asarray(values, jnp.float32)
-
-
-def shapes_of(model):
-  init = functools.partial(model.init, train=False)
-  return jax.eval_shape(init, jax.random.key(0), images())
-
-
-def randomize(model, seed=0):
-  rng = np.random.default_rng(seed)
-
-  def draw(path, leaf):
-    value = 0.4 * rng.standard_normal(leaf.shape)
-    if path[-1].key in ('var', 'scale', 'alpha'):
-      value = 0.5 + np.abs(value)
-    return jnp.asarray(value, leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(draw, shapes_of(model))
-
-
 def evaluate(model, variables, gradients=True):
   """Logits in training and evaluation, gradients and new statistics."""
-  x = images()
+  x = normal(SHAPE)
 
   def loss(variables):
     rngs = {'dropout': jax.random.key(1)}
     logits, new = model.apply(
       variables, x, train=True, rngs=rngs, mutable=['batch_stats']
     )
-    weights = images(7).ravel()[: logits.size].reshape(logits.shape)
+    weights = normal(SHAPE, 7).ravel()[: logits.size].reshape(logits.shape)
     return (logits * weights).sum(), (logits, new)
 
   @jax.jit
@@ -92,7 +71,7 @@ def assert_equal(got, expected):
 @functools.cache
 def plain(method):
   model = network(method=method, biases=True)
-  variables = randomize(model)
+  variables = randomize(model, SHAPE)
   return model, variables, evaluate(model, variables)
 
 
@@ -123,7 +102,7 @@ def test_scanned_and_recomputed_equals_plain(method):
 @pytest.mark.parametrize('method', ['skipinit', 'batchnorm'])
 def test_blocks_recomputed_by_groups_equal_plain(method):
   model = network(blocks=7, method=method)  # Six scanned: 3 groups of 2.
-  variables = randomize(model)
+  variables = randomize(model, SHAPE)
   expected = evaluate(model, variables)
   model = model.clone(scan=True, remat=True)
   got = evaluate(model, stack_blocks(variables))
@@ -143,10 +122,12 @@ def test_group_size_divides_and_is_near_the_square_root():
 
 def test_a_scanned_network_can_be_differentiated_forward():
   model = network(scan=True)
-  variables = randomize(model)
+  variables = randomize(model, SHAPE)
 
   def loss(params):
-    logits = model.apply({**variables, 'params': params}, images(), train=True)
+    logits = model.apply(
+      {**variables, 'params': params}, normal(SHAPE), train=True
+    )
     return (logits**2).sum()
 
   params = variables['params']
@@ -164,12 +145,12 @@ def test_scanned_dropout_equals_unrolled():
   model, variables, without = plain('skipinit')
   model = model.clone(dropout=0.5)
   expected = model.apply(
-    variables, images(), train=True, rngs={'dropout': jax.random.key(1)}
+    variables, normal(SHAPE), train=True, rngs={'dropout': jax.random.key(1)}
   )
   assert float(jnp.abs(expected - without['train']).max()) > 1e-2
   got = model.clone(scan=True, remat=True).apply(
     stack_blocks(variables),
-    images(),
+    normal(SHAPE),
     train=True,
     rngs={'dropout': jax.random.key(1)},
   )
@@ -179,7 +160,7 @@ def test_scanned_dropout_equals_unrolled():
 def test_scanned_blocks_start_apart():
   model = network(scan=True)
   params = jax.jit(functools.partial(model.init, train=False))(
-    jax.random.key(0, impl='rbg'), images()
+    jax.random.key(0, impl='rbg'), normal(SHAPE)
   )['params']
   kernels = np.asarray(params['stage1']['blocks']['conv1']['kernel'])
   assert kernels.shape == (2, 3, 3, 4, 4)
@@ -191,14 +172,16 @@ def test_scanned_blocks_start_apart():
 @pytest.mark.parametrize('remat', [False, True])
 @pytest.mark.parametrize('scan', [False, True])
 def test_parameters_of_the_other_form_are_refused_in_one_line(scan, remat):
-  other = shapes_of(network(scan=not scan))
+  other = shapes_of(network(scan=not scan), SHAPE)
   model = network(scan=scan, remat=remat)
   turn = 'stack_blocks' if scan else 'unstack_blocks'
   message = f'stage1 has parameters .* expected .*scan={not scan}, or .*{turn}'
   for kwargs in ({}, {'mutable': ['intermediates']}):
     with pytest.raises(InputError, match=message) as error:
       jax.eval_shape(
-        lambda v, kwargs=kwargs: model.apply(v, images(), train=True, **kwargs),
+        lambda v, kwargs=kwargs: model.apply(
+          v, normal(SHAPE), train=True, **kwargs
+        ),
         other,
       )
     assert '\n' not in str(error.value)
@@ -207,11 +190,13 @@ def test_parameters_of_the_other_form_are_refused_in_one_line(scan, remat):
 
 def activations(model):
   """Shapes and dtypes of the images that the backward pass keeps."""
-  variables = shapes_of(model)
+  variables = shapes_of(model, SHAPE)
 
   def backward(params):
     def forward(params):
-      return model.apply({**variables, 'params': params}, images(), train=True)
+      return model.apply(
+        {**variables, 'params': params}, normal(SHAPE), train=True
+      )
 
     return jax.vjp(forward, params)[1]
 
@@ -250,7 +235,7 @@ def test_a_scanned_program_does_not_grow_with_depth():
 
 
 def test_a_stage_of_one_block_is_the_same_scanned():
-  tree = shapes_of(network(scan=True))['params']
+  tree = shapes_of(network(scan=True), SHAPE)['params']
   assert list(tree['stage2']) == ['block1']
   assert sorted(tree['stage1']) == ['block1', 'blocks']
 
@@ -291,8 +276,8 @@ def test_stacking_and_unstacking_are_inverse(module):
 @pytest.mark.parametrize('method', METHODS)
 def test_the_trees_of_the_two_forms_turn_into_each_other(method):
   model = network(method=method)
-  unrolled = shapes_of(model)
-  scanned = shapes_of(model.clone(scan=True))
+  unrolled = shapes_of(model, SHAPE)
+  scanned = shapes_of(model.clone(scan=True), SHAPE)
   stacked = jax.eval_shape(stack_blocks, unrolled)
   assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, scanned)
   back = jax.eval_shape(unstack_blocks, scanned)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import normal, randomize
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
@@ -30,20 +31,8 @@ MODELS = {
 
 
 def randomized(model, shape, seed=0):
-  """Images, and values for every variable that leave no path at zero."""
-  rng = np.random.default_rng(seed)
-  images = jnp.asarray(rng.standard_normal(shape), jnp.float32)
-  init = functools.partial(model.init, train=False)
-  shapes = jax.eval_shape(init, jax.random.key(0), images)
-
-  def draw(leaf):
-    value = 0.5 + 0.1 * rng.standard_normal(leaf.shape)
-    if leaf.ndim > 1:
-      fan_in = np.prod(leaf.shape[:-1])
-      value = rng.standard_normal(leaf.shape) * (2 / fan_in) ** 0.5
-    return jnp.asarray(value, leaf.dtype)
-
-  return jax.tree.map(draw, shapes), images
+  """Variables, none of which leaves a path at zero, and images."""
+  return randomize(model, shape, seed), normal(shape, seed)
 
 
 def assert_trees_equal(got, expected):

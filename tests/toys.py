@@ -1,0 +1,47 @@
+"""Small inputs, random parameters and flat views of trees, for all tests."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def normal(shape, seed=0, dtype='float32'):
+  """Standard normal values."""
+  values = np.random.default_rng(seed).standard_normal(shape)
+  return jnp.asarray(values, dtype)
+
+
+def shapes_of(model, shape):
+  """The shapes of a network's variables, for float32 inputs of this shape."""
+  init = functools.partial(model.init, train=False)
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return jax.eval_shape(init, jax.random.key(0), x)
+
+
+def randomize(model, shape, seed=0):
+  """Non-zero values for every variable, of a size that keeps activations."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    value = rng.standard_normal(leaf.shape)
+    if name == 'kernel':
+      value *= (2 / np.prod(leaf.shape[:-1])) ** 0.5
+    elif name in ('scale', 'var', 'alpha'):
+      value = 0.7 + 0.2 * np.abs(value)
+    else:
+      value *= 0.3
+    return jnp.asarray(value, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes_of(model, shape))
+
+
+def flatten(tree):
+  """'a/b/c' -> leaf."""
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in flat
+  }
