@@ -48,12 +48,8 @@ def check_inputs(
 ) -> None:
   """Raises InputError unless a network can take `inputs`.
 
-  Args:
-    name: of the inputs, for the error.
-    inputs: expected to be floating and not empty.
-    shape: expected, in words, for the error.
-    rank: expected number of axes.
-    or_more: whether more axes will do.
+  They must be floating, not empty, and have `rank` axes `or_more`; errors write
+  that as `shape`.
   """
   found = getattr(inputs, 'ndim', 0)
   if (

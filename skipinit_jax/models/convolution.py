@@ -21,13 +21,8 @@ def convolve(
   Args:
     x: (batch, height, width, inputs).
     kernel: (height, width, inputs, outputs), of the dtype of `x`.
-    strides: one for each axis of the image.
-    padding: 'SAME', 'VALID', or pixels before and after for each axis.
+    strides, padding, **options: as `nn.Conv` passes them.
     symmetric: pad both sides by half the kernel's size, whatever `padding` is.
-    **options: the other arguments of `jax.lax.conv_general_dilated`.
-
-  Returns:
-    (batch, height', width', outputs), of the dtype of `x`.
   """
   if symmetric:
     padding = [(size // 2, size // 2) for size in kernel.shape[:2]]
@@ -47,13 +42,6 @@ def convolve_2x2(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
   Output pixel (p, q) reads input pixel (i, j) through tap (i - p + 1,
   j - q + 1). XLA's CPU convolution takes 5 to 10 times as long at this size.
-
-  Args:
-    x: (batch, 2, 2, inputs).
-    kernel: (3, 3, inputs, outputs), of the same dtype.
-
-  Returns:
-    (batch, 2, 2, outputs).
   """
   taps = [kernel[1 - p : 3 - p, 1 - q : 3 - q] for p in (0, 1) for q in (0, 1)]
   matrix = jnp.concatenate([t.reshape(-1, t.shape[-1]) for t in taps], axis=-1)

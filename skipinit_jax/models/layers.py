@@ -120,11 +120,8 @@ def last_layer(
 ) -> functools.partial[Layer]:
   """Returns the factory of the layer that ends a branch.
 
-  Args:
-    method: says whether the layer has a scalar, and whether it starts at zero.
-    num_blocks: residual blocks in the network.
-    layer: makes the other layers of a branch.
-    scaled: the same kind of layer with a scalar, such as `SkipInitConv`.
+  `layer` makes the other layers of the branch; `scaled` makes such layers with
+  a scalar.
   """
   alpha = method.alpha_value(num_blocks)
   if alpha is not None:

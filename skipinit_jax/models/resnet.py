@@ -227,12 +227,8 @@ def drop_by_example(
   Args:
     key: scalar PRNG key.
     x: (batch, features).
-    rate: share of features set to zero; the others are multiplied by
-      1/(1-rate).
+    rate: share of features set to zero; the others are scaled by 1/(1-rate).
     first_example: the index i of x[0].
-
-  Returns:
-    (batch, features), of the dtype of `x`.
   """
 
   def keep(i: jax.Array) -> jax.Array:
