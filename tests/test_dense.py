@@ -165,7 +165,8 @@ def test_float64_throughout():
   ],
 )
 def test_a_network_that_can_not_be_is_one_line(fields, message):
-  model = DenseResNet(blocks=2, width=3, **fields)
+  fields = {'blocks': 2, 'width': 3, **fields}
+  model = DenseResNet(**fields)
   with pytest.raises(InputError, match=message) as error:
     model.init(jax.random.key(0), normal(SHAPE), train=False)
   assert '\n' not in str(error.value)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import flatten
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
@@ -26,12 +27,10 @@ from skipinit_jax.models.methods import resolve_method
 
 def leaves(params, name):
   """Path (joined by '/') -> value of the leaves called `name`."""
-  flat = jax.tree_util.tree_leaves_with_path(params)
-  paths = {
-    jax.tree_util.keystr(p, simple=True, separator='/'): v for p, v in flat
-  }
   return {
-    p: np.asarray(v) for p, v in paths.items() if p.split('/')[-1] == name
+    path: np.asarray(leaf)
+    for path, leaf in flatten(params).items()
+    if path.split('/')[-1] == name
   }
 
 

@@ -61,6 +61,7 @@ HEAVY = (
   'tensorflow_datasets',
   'cv2',
   'matplotlib',
+  'skipinit_jax.models.nnx',
   'skipinit_jax.training',
   'skipinit_jax.data',
 )
