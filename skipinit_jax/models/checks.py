@@ -48,8 +48,8 @@ def check_inputs(
 ) -> None:
   """Raises InputError unless a network can take `inputs`.
 
-  They must be floating, not empty, and have `rank` axes `or_more`; errors write
-  that as `shape`.
+  They must be floating, not empty, and have `rank` axes, or more if `or_more`.
+  `shape` says so in the error.
   """
   found = getattr(inputs, 'ndim', 0)
   if (

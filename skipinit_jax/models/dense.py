@@ -1,4 +1,4 @@
-"""Fully connected residual networks, the subject of much theory."""
+"""Fully connected residual networks, the ones that theory is about."""
 
 import functools
 from collections.abc import Callable
