@@ -65,8 +65,10 @@ class Checkpoints:
   def __exit__(self, kind, error, traceback):
     if kind is None:
       self.wait()
-    with contextlib.suppress(Exception if kind else ()):
       self._manager.close()
+    else:
+      with contextlib.suppress(Exception):
+        self._manager.close()
 
   def _open(self) -> None:
 
@@ -240,7 +242,8 @@ class Checkpoints:
     tree, check = restored['state'], restored['check']
     if digest(tree) != check['sha256']:
       raise ValueError('its arrays are not those that were saved')
-    return serialization.from_state_dict(like, convert(tree)), check
+    state: Any = serialization.from_state_dict(like, convert(tree))
+    return state, check
 
   def _unreadable(self, step: int) -> str | None:
     """Why the files of a checkpoint can't be read; None if they can."""

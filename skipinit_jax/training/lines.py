@@ -35,7 +35,7 @@ class Lines:
     self._in_bucket = '://' in str(self._workdir)
     self._path = self._workdir / METRICS
     self._folder = self._workdir / 'metrics'
-    self._file = None
+    self._file: Any = None  # Opened by `resume`.
     self._number = 0
 
   def read(self, until: float = math.inf) -> list[dict[str, Any]]:

@@ -138,7 +138,7 @@ class Reporter:
     (step, metrics), self._pending = self._pending, None
     arrays = jax.device_get(dict(metrics))
     watched = {k: arrays.pop(k) for k in WATCHED if k in arrays}
-    values = {k: v.item() for k, v in arrays.items()}
+    values: dict[str, Any] = {k: v.item() for k, v in arrays.items()}
     self.diverged = not values.pop('finite')
     if replaced := values.pop('replaced'):
       self._write(step, {'replaced': replaced})
@@ -147,7 +147,7 @@ class Reporter:
     if not values['skipped']:
       del values['skipped']
     if not self.diverged:
-      self.last = {'step': step} | values
+      self.last = {'step': step, **values}
     elif not self._times.logs(step):
       self._write(step, values)  # What it looked like when it diverged.
     if self._times.watches(step) and not self.diverged:

@@ -45,7 +45,8 @@ def initialize(
         f'--coordinator={coordinator}: expected HOST:PORT of process 0, as in '
         'host0:1234'
       )
-  if process_id is not None and process_id >= num_processes:
+  # Both are given, or neither is.
+  if process_id is not None and process_id >= (num_processes or 0):
     raise InputError(
       f'--process-id={process_id} must be less than '
       f'--num-processes={num_processes}'
