@@ -81,7 +81,8 @@ def test_a_folded_layer_is_alpha_on_the_activation_in_float64(name):
     x = normal((3, 5, 5, 4), dtype='float64')
     fields = {**fields, 'param_dtype': jnp.float64, 'rngs': nnx.Rngs(0)}
     layer = ours(*args, init_value=0.37, **fields)
-    inner = plain(*args, **fields, rngs=nnx.Rngs(1))
+    others = fields | {'rngs': nnx.Rngs(1)}
+    inner = plain(*args, **others)
     if layer.bias is not None:
       layer.bias[...] = normal((6,), 1, 'float64')
       inner.bias[...] = layer.bias[...]
