@@ -87,13 +87,13 @@ def legend(
   )
 
 
-def line_style(variant: str) -> dict[str, str]:
+def line_style(variant: str) -> dict[str, Any]:
   """Color and dashes of a variant, for `Axes.plot`."""
   row = VARIANTS[variant]
   return {'color': row.color, 'linestyle': row.dashes}
 
 
-def marked_style(variant: str) -> dict[str, str]:
+def marked_style(variant: str) -> dict[str, Any]:
   """Color, dashes and marker of a variant, for `Axes.plot`."""
   return line_style(variant) | {'marker': VARIANTS[variant].marker}
 

@@ -5,13 +5,14 @@ python -m skipinit_jax.analysis paths --dataset=cifar10 --out=runs/analysis
 python -m skipinit_jax.analysis lesions --checkpoint=RUN --out=runs/analysis
 
 Each kind writes its figures (SVG and PNG) and its numbers (JSON) to the folder.
-What a recipe's fields are set to comes last, as in --config.model.depth=100.
+A recipe's fields come last, as in --config.model.depth=100; `training`, `paths`
+and `lesions` use them.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +37,31 @@ from skipinit_jax.errors import InputError, unknown, unwritable
 from skipinit_jax.files import write_json
 from skipinit_jax.training import train
 from skipinit_jax.training.checks import check_config
-from skipinit_jax.training.network import build_method, build_model
+from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import (
   load_recipe,
   parse_fields,
   set_fields,
 )
-from skipinit_jax.training.saved import Saved, find_checkpoint, load_run
+from skipinit_jax.training.saved import find_checkpoint, load_run
 from skipinit_jax.training.timetable import make_timetable
+from skipinit_jax.variants import VARIANTS
 
-# What the paths and the lesions compare, and the fields that make it.
-METHODS = {
-  'batchnorm': {'model.method': 'batchnorm'},
-  'skipinit': {'model.method': 'skipinit'},
-  'fixup': {'model.method': 'fixup', 'optimizer.learning_rate': 2.0**-3},
-  'none': {'model.method': 'none', 'optimizer.learning_rate': 2.0**-10},
+# Rows of `VARIANTS` that are compared, and the rates of those that need others.
+METHODS: dict[str, dict[str, float]] = {
+  'batchnorm': {},
+  'skipinit': {},
+  'fixup': {'optimizer.learning_rate': 2.0**-3},
+  'none': {'optimizer.learning_rate': 2.0**-10},
 }
 # Small enough for minutes on two CPU cores.
 DIGITS = {
   'model.depth': 40,
   'epochs': 8.0,
   'optimizer.learning_rate': 2.0**-4,
-  # One that starts at zero lets no gradient through.
+  # With zeros no gradient reaches the blocks.
   'model.classifier_init': 'he',
-  # What is looked at along training.
+  # For the analysis along training.
   'watch_every_steps': 9,
   'checkpoint_every_steps': 90,
   'keep_checkpoints': 100,
@@ -83,7 +85,7 @@ def main() -> None:
   )
   parser.add_argument(
     '--checkpoint',
-    help='a run to look at instead, or one of its folders checkpoints/STEP',
+    help='analyze this run instead, or one of its folders checkpoints/STEP',
   )
   parser.add_argument('--out', type=cli.folder, default=Path('runs/analysis'))
   args, texts = parser.parse_with_fields()
@@ -92,12 +94,13 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, texts: list[tuple[str, str]]) -> None:
-  """Measures and draws what was asked for."""
+  """Measures and draws one kind of analysis, or all."""
   if args.kind != 'all' and args.kind not in KINDS:
     raise InputError(unknown('kind', args.kind, [*KINDS, 'all']))
   config = load_recipe(args.config)
-  fields = DIGITS if args.config == 'digits' else {}
-  set_fields(config, fields | parse_fields(config, texts))
+  fields = parse_fields(config, texts)
+  refuse_unused(args, fields)
+  set_fields(config, (DIGITS if args.config == 'digits' else {}) | fields)
   checkpoint = args.checkpoint
   if checkpoint is None:
     check(config)
@@ -111,112 +114,107 @@ def run(args: argparse.Namespace, texts: list[tuple[str, str]]) -> None:
   for kind in KINDS if args.kind == 'all' else [args.kind]:
     start = time.perf_counter()
     print(f'{kind} ...', file=sys.stderr, flush=True)
-    measured, drawn = KINDS[kind](config, checkpoint, args.out)
+    if checkpoint is None or kind == 'shattered':
+      measured = measure(kind, config, args.out)
+    else:
+      measured = measure_run(kind, checkpoint)
     write_json(args.out / f'{kind}.json', plain(measured))
+    drawn = KINDS[kind].draw(measured, args.out)
     seconds = time.perf_counter() - start
     names = ', '.join(path.name for path in drawn)
     print(f'{kind}: {names}, {seconds:.0f} s', file=sys.stderr, flush=True)
 
 
+def refuse_unused(args: argparse.Namespace, fields: Mapping[str, Any]) -> None:
+  """Raises InputError for arguments that the analysis would ignore."""
+  kind, field = args.kind, next(iter(fields), None)
+  if field and args.checkpoint is not None:
+    raise InputError(
+      f'--config.{field}: the fields of a checkpoint are those of its run; '
+      'expected no fields with --checkpoint'
+    )
+  if field and kind not in ('all', *OF_RECIPES):
+    raise InputError(
+      f'--config.{field}: {kind} has networks of its own; expected no fields, '
+      f'or one of {", ".join(OF_RECIPES)}'
+    )
+  if args.checkpoint is not None and kind == 'shattered':
+    raise InputError(
+      f'--checkpoint={args.checkpoint}: shattered has random networks of its '
+      'own; expected no checkpoint, or another kind'
+    )
+
+
 def check(config: ConfigDict) -> None:
   """Raises InputError for a recipe that can't be run with each method."""
   data = open_dataset(config.data)
-  for _, each in _each(config, METHODS):
+  for each in each_method(config).values():
     check_config(each, jax.device_count())
     build_model(each, data.num_classes)
     make_timetable(each, data.train_size)
 
 
-def of_propagation(config: ConfigDict, checkpoint: Path | None, out: Path):
-  """Variances, shares and path lengths: at the start, or of a checkpoint."""
-  if checkpoint:
-    run = load_run(checkpoint)
-    model, variables, images, _ = networks.of_run(run, 128)
-    captured = propagation.beside_theory(
-      capture(model, variables, images, train=False),
-      build_method(run.config),
-      model.stage_sizes,
-      project_first=run.config.model.width != 1,
+def measure(kind: str, config: ConfigDict, out: Path) -> Mapping[Any, Any]:
+  """The arrays of one analysis of every method; runs are in OUT/runs."""
+  match kind:
+    case 'paths':
+      starts = {
+        name: networks.at_start(each, 32)
+        for name, each in each_method(config).items()
+      }
+      return {name: paths.measure(*start) for name, start in starts.items()}
+    case 'lesions':
+      return {
+        name: lesions.measure(*networks.trained(each, out / 'runs' / name))
+        for name, each in each_method(config).items()
+        if name != 'none'  # Does not train.
+      }
+    case 'training':
+      workdirs = {name: out / 'runs' / name for name in METHODS}
+      for name, each in each_method(config).items():
+        train(each, workdirs[name])
+      return along_training.measure(workdirs)
+    case _:
+      return KINDS[kind].measure()
+
+
+def measure_run(kind: str, checkpoint: epath.Path) -> Mapping[Any, Any]:
+  """The arrays of one analysis of a run, or of one of its checkpoints."""
+  run = load_run(checkpoint)
+  method, depth = run.config.model.method, run.config.model.depth
+  match kind:
+    case 'propagation':
+      model, variables, images, _ = networks.of_run(run, 128)
+      captured = propagation.beside_theory(
+        capture(model, variables, images, train=False),
+        run.model,
+        project_first=run.config.model.width != 1,
+      )
+      return {depth: {method: captured}}
+    case 'curvature':
+      loss = curvature.training_loss(run.model, run.data)
+      found = curvature.largest_eigenvalue(
+        loss, run.variables['params'], jax.random.key(0)
+      )
+      arrays = {name: np.array([x]) for name, x in found._asdict().items()}
+      return {depth: {method: arrays}}
+    case 'training':
+      return along_training.measure({method: checkpoint})
+    case 'paths':
+      network = networks.of_run(run, 32)
+      return {method: paths.measure(*network, train=False)}
+    case _:
+      return {method: lesions.measure(*networks.of_run(run))}
+
+
+def each_method(config: ConfigDict) -> dict[str, ConfigDict]:
+  """A recipe's config with each of METHODS."""
+  return {
+    name: set_fields(
+      config.copy_and_resolve_references(), dict(VARIANTS[name].fields) | rates
     )
-    measured = {run.config.model.depth: {_method(run): captured}}
-  else:
-    measured = propagation.measure()
-    (out / 'effective_depth.md').write_text(propagation.table(measured))
-  return measured, propagation.draw(measured, out)
-
-
-def of_curvature(config: ConfigDict, checkpoint: Path | None, out: Path):
-  """The largest eigenvalue of the Hessian on the digits, or of a run's loss."""
-  if checkpoint:
-    run = load_run(checkpoint)
-    found = curvature.of_loss(run.model, run.data, run.variables['params'])
-    found = {name: np.array([value]) for name, value in found.items()}
-    measured = {run.config.model.depth: {_method(run): found}}
-  else:
-    measured = curvature.measure()
-  return measured, curvature.draw(measured, out)
-
-
-def of_shattered(config: ConfigDict, checkpoint: Path | None, out: Path):
-  """Autocorrelation of the gradients of random networks; needs no data."""
-  measured = shattered.measure()
-  return measured, shattered.draw(measured, out)
-
-
-def of_paths(config: ConfigDict, checkpoint: Path | None, out: Path):
-  """Gradient norm by path length: at the start of each method, or saved."""
-  if checkpoint:
-    run = load_run(checkpoint)
-    nets = {_method(run): (networks.of_run(run, 32), False)}
-  else:
-    nets = {
-      name: (networks.at_start(each, 32), True)
-      for name, each in _each(config, METHODS)
-    }
-  measured = {
-    name: paths.measure(*network, train=train)
-    for name, (network, train) in nets.items()
+    for name, rates in METHODS.items()
   }
-  return measured, paths.draw(measured, out)
-
-
-def of_training(config: ConfigDict, checkpoint: Path | None, out: Path):
-  """Effective depth and eigenvalue along training, of each method or a run."""
-  if checkpoint:
-    workdirs = {_method(load_run(checkpoint)): checkpoint}
-  else:
-    workdirs = {name: out / 'runs' / name for name in METHODS}
-    for name, each in _each(config, METHODS):
-      train(each, workdirs[name])
-  measured = along_training.measure(workdirs)
-  return measured, along_training.draw(measured, out)
-
-
-def of_lesions(config: ConfigDict, checkpoint: Path | None, out: Path):
-  """Test error without blocks: of each method, trained first, or saved."""
-  if checkpoint:
-    run = load_run(checkpoint)
-    nets = {_method(run): networks.of_run(run)}
-  else:
-    trainable = {k: v for k, v in METHODS.items() if k != 'none'}
-    nets = {
-      name: networks.trained(each, out / 'runs' / name)
-      for name, each in _each(config, trainable)
-    }
-  measured = {name: lesions.measure(*net) for name, net in nets.items()}
-  return measured, lesions.draw(measured, out)
-
-
-def _each(
-  config: ConfigDict, methods: Mapping[str, Mapping[str, Any]]
-) -> Iterator[tuple[str, ConfigDict]]:
-  for name, fields in methods.items():
-    yield name, set_fields(config.copy_and_resolve_references(), dict(fields))
-
-
-def _method(run: Saved) -> str:
-  """The method of a run, as it is drawn."""
-  return run.config.model.method
 
 
 def plain(value: Any) -> Any:
@@ -226,14 +224,15 @@ def plain(value: Any) -> Any:
   return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
-KINDS: dict[str, Callable] = {
-  'propagation': of_propagation,
-  'curvature': of_curvature,
-  'training': of_training,
-  'paths': of_paths,
-  'lesions': of_lesions,
-  'shattered': of_shattered,
+KINDS: dict[str, Any] = {
+  'propagation': propagation,
+  'curvature': curvature,
+  'training': along_training,
+  'paths': paths,
+  'lesions': lesions,
+  'shattered': shattered,
 }
+OF_RECIPES = ('training', 'paths', 'lesions')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,12 @@
-"""What passes through the blocks of a network: variances of skip and branch."""
+"""Statistics of the blocks of a network: variances of skip and branch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.moments import SOWN, recorder
@@ -20,7 +20,7 @@ def capture(
   *,
   pattern: str | None = None,
   train: bool | None = True,
-  rngs: Mapping[str, jax.Array] | None = None,
+  rngs: dict[str, jax.Array] | None = None,
 ) -> dict[str, np.ndarray]:
   """Statistics of every block, from input to output.
 
@@ -32,22 +32,22 @@ def capture(
       as in Brock, De, Smith 2021, figure 1);
     their sum is the second moment, the mean square of all elements.
 
-  He's initialization speaks of second moments: over the draw of the weights
-  every channel has mean zero. Over the images, with the weights fixed, it has
-  not, and the variance grows by less than the second moment.
+  He's initialization is about second moments: over the draw of the weights
+  every channel has mean zero. With the weights fixed its mean over the images
+  is not zero, and the variance grows more slowly than the second moment.
 
   Everything is computed in the dtype of the activations, at least float32. A
-  deep network without normalization leaves float32: use float64 parameters and
-  images under `jax.enable_x64(True)`.
+  deep network without normalization overflows float32: use float64 parameters
+  and images under `jax.enable_x64(True)`.
 
   Args:
     model: any Linen module whose blocks end in `Join`, scanned or not.
     variables: as `model.init` gives them.
     images: the model's only positional argument.
-    pattern: a regular expression; in place of the joins, looks at the outputs
-      of all modules whose path ('stage1/block2/conv1') it matches as a whole.
-      Works on any Linen module.
-    train: passed on to the model; None: not passed.
+    pattern: a regular expression; instead of joins, captures the outputs of all
+      modules whose whole path ('stage1/block2/conv1') it matches. Works on any
+      Linen module.
+    train: passed to the model; None: not passed.
     rngs: for Dropout.
 
   Returns:
@@ -63,10 +63,10 @@ def capture(
         the join has several;
       unscaled_variance: of the branch before its scalar; NaN where alpha is 0
         or NaN;
-      share: the branch's second moment over the sum of both paths'. Without
-        correlation between them, as theory has it, and a gain, that is
-        Var(branch) / Var(output); unlike this, it can't leave [0, 1]. NaN
-        where the activations have overflowed;
+      share: the branch's second moment over the sum of both paths'. That is
+        Var(branch) / Var(output) if the paths are uncorrelated, as in theory,
+        and there is no gain; unlike that, it can't leave [0, 1]. NaN where the
+        activations have overflowed;
       variance_share: the same of the variances.
 
   Raises:
@@ -76,7 +76,7 @@ def capture(
   """
   record, seen = recorder(pattern)
   mutable = ['intermediates', *(name for name in variables if name != 'params')]
-  options = {} if train is None else {'train': train}
+  options: dict[str, Any] = {} if train is None else {'train': train}
   with nn.intercept_methods(record):
     _, new = model.apply(
       variables, images, rngs=rngs, mutable=mutable, **options
@@ -84,11 +84,11 @@ def capture(
   if not seen:
     raise InputError(
       f'{type(model).__name__} has no block that ends in Join; a pattern '
-      'looks at outputs of other modules'
+      'captures outputs of other modules'
       if pattern is None
       else f'pattern={pattern!r} matches no module of {type(model).__name__}'
     )
-  sown = flax.traverse_util.flatten_dict(new.get('intermediates', {}), sep='/')
+  sown = flatten_dict(new.get('intermediates', {}), sep='/')
   found = [_of_path(path, sown) for path in seen]
   order = _in_order(list(seen), [len(f['name']) for f in found])
   out = {
@@ -103,13 +103,13 @@ def second_moment(captured: Mapping[str, np.ndarray], path: str) -> np.ndarray:
 
 
 def _in_order(paths: Sequence[str], rows: Sequence[int]) -> list[int]:
-  """The order of all modules' rows, where a scan's steps come one by one."""
+  """The order of all modules' rows, with a scan's steps one after the other."""
   first: dict[str, int] = {}
   keys = []
   for i, (path, number) in enumerate(zip(paths, rows, strict=True)):
     scanned, stacked, _ = f'/{path}/'.partition(f'/{STACKED}/')
-    place = first.setdefault(scanned, i) if stacked else i
-    keys += [(place, row if stacked else 0, i, row) for row in range(number)]
+    start = first.setdefault(scanned, i) if stacked else i
+    keys += [(start, row if stacked else 0, i, row) for row in range(number)]
   return sorted(range(len(keys)), key=keys.__getitem__)
 
 

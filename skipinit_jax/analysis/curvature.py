@@ -2,7 +2,7 @@
 
 Gradient descent on a quadratic diverges along an eigenvector whose eigenvalue
 exceeds 2 / rate. De & Smith 2020 find that batch normalization allows larger
-rates, and lay it to a better conditioned loss.
+rates, and attribute this to a better conditioned loss.
 """
 
 import functools
@@ -16,27 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.flatten_util import ravel_pytree
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from skipinit_jax import plotting
-from skipinit_jax.analysis.propagation import COLUMNS
+from skipinit_jax.analysis.propagation import wide_resnet
 from skipinit_jax.data import open_dataset
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.errors import InputError
-from skipinit_jax.models.resnet import WideResNet
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.step import cross_entropy
 from skipinit_jax.variants import VARIANTS
 
-DRAWN = ('batchnorm', 'skipinit', 'none')  # Of `COLUMNS`.
+DRAWN = ('batchnorm', 'skipinit', 'none')  # Of `VARIANTS`.
+
+
+# Of ARPACK: how many vectors it keeps, and how often it starts again with them.
+VECTORS, RESTARTS = 10, 100
 
 
 class Eigenvalue(NamedTuple):
-  """An eigenvalue of a Hessian, found by Lanczos's method.
+  """An eigenvalue of a Hessian.
 
   Attributes:
-    value: the largest Ritz value; never above the largest eigenvalue, but for
-      rounding.
-    error: norm of the residual: an eigenvalue lies within so much of `value`.
+    value: NaN where ARPACK finds none: it does not converge, or the Hessian is
+      zero.
+    error: norm of the residual; an eigenvalue lies this close to `value`.
   """
 
   value: float
@@ -47,21 +51,22 @@ def largest_eigenvalue(
   loss: Callable[[Any], jax.Array],
   params: Any,
   key: jax.Array,
-  steps: int = 30,
   *,
   tolerance: float = 1e-3,
 ) -> Eigenvalue:
   """The largest (most positive) eigenvalue of the Hessian of `loss`.
 
-  Lanczos's method with full reorthogonalization, on Hessian-vector products
-  (forward over reverse), from a random start.
+  ARPACK's Lanczos method on Hessian-vector products (forward over reverse),
+  from a random start. Takes 11 of them or more, and keeps 10 vectors.
 
   Args:
     loss: of the parameters alone, scalar.
-    params: tree of floating arrays of one dtype, n numbers in all.
-    key: scalar PRNG key, of the start.
-    steps: Hessian-vector products at most; `steps` vectors (n,) are kept.
-    tolerance: stop once the error is no more than this share of the value.
+    params: tree of floating arrays of one dtype, two numbers or more in all.
+    key: scalar PRNG key of the start.
+    tolerance: of the error, as a share of the value.
+
+  Returns:
+    The eigenvalue; infinite where a product is not finite.
 
   >>> loss = lambda x: x[0] ** 2 - 4 * x[1] ** 2
   >>> found = largest_eigenvalue(loss, jnp.ones(2), jax.random.key(0))
@@ -73,12 +78,28 @@ def largest_eigenvalue(
 
   def product(v: np.ndarray) -> np.ndarray:
     out = _hessian_product(loss, params, unravel(jnp.asarray(v, flat.dtype)))
-    return np.asarray(ravel_pytree(out)[0], np.float64)
+    out = np.asarray(ravel_pytree(out)[0], np.float64)
+    if not np.isfinite(out).all():
+      raise FloatingPointError
+    return out
 
-  rounding = float(jnp.finfo(flat.dtype).eps)
-  return _lanczos(
-    product, np.asarray(start, np.float64), steps, tolerance, rounding
-  )
+  shape = flat.size, flat.size
+  try:
+    (value,), vectors = eigsh(
+      LinearOperator(shape, product, dtype=np.float64),  # pyright: ignore
+      k=1,
+      which='LA',
+      v0=np.asarray(start, np.float64),
+      ncv=min(VECTORS, flat.size),
+      maxiter=RESTARTS,
+      tol=tolerance,  # pyright: ignore[reportArgumentType]
+    )
+  except FloatingPointError:
+    return Eigenvalue(math.inf, math.inf)
+  except ArpackError:
+    return Eigenvalue(math.nan, math.inf)
+  residual = product(vectors[:, 0]) - value * vectors[:, 0]
+  return Eigenvalue(float(value), float(np.linalg.norm(residual)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -86,52 +107,17 @@ def _hessian_product(loss: Callable, params: Any, v: Any) -> Any:
   return jax.jvp(jax.grad(loss), (params,), (v,))[1]
 
 
-def _lanczos(
-  product: Callable[[np.ndarray], np.ndarray],
-  start: np.ndarray,
-  steps: int,
-  tolerance: float,
-  rounding: float,
-) -> Eigenvalue:
-  """Largest Ritz value of a symmetric matrix, given by its products."""
-  vectors = [start / np.linalg.norm(start)]
-  diagonal, beside = [], []
-  for _ in range(min(steps, start.size)):
-    v = product(vectors[-1])
-    if not np.isfinite(v).all():
-      return Eigenvalue(math.inf, math.inf)
-    diagonal.append(vectors[-1] @ v)
-    basis = np.stack(vectors)
-    for _ in range(2):  # Once leaves the rounding of what it takes away.
-      v = v - basis.T @ (basis @ v)
-    matrix = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
-    values, ritz = np.linalg.eigh(matrix)
-    beside.append(np.linalg.norm(v))
-    value, error = values[-1], abs(beside[-1] * ritz[-1, -1])
-    ended = beside[-1] <= 10 * rounding * abs(values).max()  # Krylov's space.
-    if ended or error <= tolerance * abs(value):
-      break
-    vectors.append(v / beside[-1])
-  return Eigenvalue(float(value), float(error))
-
-
 def measure(
-  depths: Sequence[int] = (10, 16, 22),
-  *,
-  images: int = 128,
-  steps: int = 24,
-  seeds: int = 3,
+  depths: Sequence[int] = (10, 16, 22), *, images: int = 128, seeds: int = 3
 ) -> dict[int, dict[str, dict[str, np.ndarray]]]:
-  """Of the training loss of n-1 Wide-ResNets on the digits, at initialization.
+  """Measures n-1 Wide-ResNets on the digits, at initialization.
 
-  The loss is the mean cross-entropy of so many training images; batch
-  normalization takes its statistics over all of them. No L2. It takes about a
+  Batch normalization takes its statistics over all of the images. Takes about a
   minute on two CPU cores, most of it to compile.
 
   Args:
     depths: 6n + 4.
     images: number of training images, the first.
-    steps: of Lanczos's method.
     seeds: draws of the weights.
 
   Returns:
@@ -139,36 +125,28 @@ def measure(
     (seeds,).
   """
   data = open_dataset(default_config().data)
-  measured: dict[int, dict[str, dict[str, np.ndarray]]] = {}
-  for depth in depths:
-    measured[depth] = {}
-    for column in DRAWN:
-      method, alpha = COLUMNS[column]
-      model = WideResNet(depth, 1, data.num_classes, method=method, alpha=alpha)
-      loss = training_loss(model, data, images)  # Compiled once.
-      like = jnp.zeros((1, *data.image_shape))
-      found = []
-      for seed in range(seeds):
-        key, start = jax.random.split(jax.random.key(seed))
-        params = model.init(key, like, train=False)['params']
-        found.append(largest_eigenvalue(loss, params, start, steps))
-      value, error = np.array(found).T
-      measured[depth][column] = {'value': value, 'error': error}
-  return measured
+  like = jnp.zeros((1, *data.image_shape))
 
+  def of_variant(depth: int, variant: str) -> dict[str, np.ndarray]:
+    model = wide_resnet(variant, depth, 1, num_classes=data.num_classes)
+    loss = training_loss(model, data, images)  # Compiled once.
+    found = []
+    for seed in range(seeds):
+      key, start = jax.random.split(jax.random.key(seed))
+      params = model.init(key, like, train=False)['params']
+      found.append(largest_eigenvalue(loss, params, start))
+    return {
+      'value': np.array([each.value for each in found]),
+      'error': np.array([each.error for each in found]),
+    }
 
-def of_loss(
-  model: nn.Module, data: Resident, params: Any, images: int = 128
-) -> dict[str, float]:
-  """`value` and `error` of a network's `training_loss`."""
-  loss = training_loss(model, data, images)
-  return largest_eigenvalue(loss, params, jax.random.key(0))._asdict()
+  return {d: {v: of_variant(d, v) for v in DRAWN} for d in depths}
 
 
 def draw(
   measured: Mapping[int, Mapping[str, Mapping[str, np.ndarray]]], out: Path
 ) -> list[Path]:
-  """Draws what `measure` returns: SVG and PNG files in the folder `out`.
+  """Draws the arrays of `measure`: SVG and PNG files in the folder `out`.
 
   Above, the largest eigenvalue against the depth, the median of the draws and
   their range; below, 2 over it: the largest rate at which gradient descent on
@@ -178,7 +156,7 @@ def draw(
   with plotting.style():
     figure, panels = plotting.new_figure(2, height=4.6, sharex=True)
     for i, column in enumerate(measured[depths[0]]):
-      aside = np.add(depths, 0.15 * (i - 1))  # Else ranges hide one another.
+      aside = np.add(depths, 0.15 * (i - 1))  # Or ranges would hide each other.
       values = np.stack([measured[d][column]['value'] for d in depths])
       for axes, y in zip(panels, (values, 2 / values), strict=True):
         middle = np.median(y, 1)
@@ -186,8 +164,7 @@ def draw(
           aside,
           middle,
           (middle - y.min(1), y.max(1) - middle),
-          **plotting.line_style(column),
-          marker=VARIANTS[column].marker,
+          **plotting.marked_style(column),
           capsize=3,
           elinewidth=1,
           label=VARIANTS[column].label,
@@ -198,19 +175,15 @@ def draw(
     panels[1].set_ylabel('2 / largest eigenvalue')
     panels[1].set_xlabel('depth (layers)')
     panels[1].set_xticks(depths)
-    figure.legend(
-      *panels[0].get_legend_handles_labels(),
-      loc='outside upper left',
-      ncols=2,
-      handlelength=3,
-    )
+    labels = panels[0].get_legend_handles_labels()
+    plotting.legend(figure, *labels, columns=2)
     return plotting.save(figure, out, 'curvature')
 
 
 def training_loss(
-  model: nn.Module, data: Resident, images: int
+  model: nn.Module, data: Any, images: int = 128
 ) -> Callable[[Any], jax.Array]:
-  """The mean cross-entropy of the first so many training images, no L2.
+  """The mean cross-entropy of the first training images, without L2.
 
   Args:
     model: batch normalization takes its statistics over all of the images.
@@ -225,8 +198,8 @@ def training_loss(
   """
   if not isinstance(data, Resident):
     raise InputError(
-      f'the loss is that of images that fit on a device; {data.name} comes in '
-      'batches'
+      f'data {data.name!r} comes in batches; expected a data set that fits on '
+      'a device'
     )
   inputs = data.augmentation.normalize(jnp.asarray(data.images[:images]))
   targets = jax.nn.one_hot(data.labels[:images], data.num_classes)

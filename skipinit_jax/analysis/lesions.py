@@ -1,22 +1,21 @@
-"""Blocks deleted and re-ordered (Veit, Wilber, Belongie 2016, sections 4, 5).
+"""Blocks deleted and reordered (Veit, Wilber, Belongie 2016, sections 4, 5).
 
 A trained network is a sum over paths: without one block half of the paths are
-left, and the test error should grow smoothly with the number of blocks taken
-away or put elsewhere.
+left, and the test error should grow smoothly with the number of blocks that are
+deleted or moved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from flax.traverse_util import flatten_dict
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from scipy.stats import kendalltau
 
 from skipinit_jax import plotting
 from skipinit_jax.analysis.paths import changed_joins, find_blocks, unrolled
@@ -24,6 +23,7 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.variants import VARIANTS
 
 Variables = Mapping[str, Any]
+Labels = jax.Array | np.ndarray
 Blocks = Sequence[tuple[str, ...]]
 
 
@@ -31,13 +31,13 @@ def measure(
   model: nn.Module,
   variables: Variables,
   images: jax.Array,
-  labels: jax.Array,
+  labels: Labels,
   *,
   draws: int = 5,
   points: int = 8,
   seed: int = 0,
 ) -> dict[str, np.ndarray]:
-  """Test error of a trained network with blocks deleted or re-ordered.
+  """Test error of a trained network with blocks deleted or reordered.
 
   48 blocks (the digits' 100-layer network) and its 360 test images take less
   than a minute on two CPU cores.
@@ -55,11 +55,11 @@ def measure(
     Test errors, float64 fractions, of
       whole: () the network as it is;
       single: (blocks,) without each block's branch;
-      several: (points, draws) without so many random branches;
-      swapped: (points, draws) after so many random swaps of equal blocks;
-    and deleted, swaps: int (points,), how many; tau: (points, draws), Kendall's
-    tau of the order of the blocks after the swaps; transitions: bool (blocks,),
-    of `find_transitions`. Without equal blocks (swaps) has no points.
+      several: (points, draws) without `deleted` random branches;
+      swapped: (points, draws) after `swaps` random swaps of equal blocks;
+    and deleted, swaps: int (points,); tau: (points, draws), Kendall's tau of
+    the order of the blocks after the swaps; transitions: bool (blocks,), of
+    `find_transitions`. Without equal blocks, swaps, swapped and tau are empty.
 
   Raises:
     InputError: as `paths.find_blocks`; draws or points below 1.
@@ -87,7 +87,9 @@ def measure(
     [error(reorder(variables, blocks, order), nothing) for order in row]
     for row in orders
   ]
-  taus = [[kendall_tau(order) for order in row] for row in orders]
+  taus = [
+    [kendalltau(np.arange(n), order)[0] for order in row] for row in orders
+  ]
   return {
     'whole': np.asarray(error(variables, nothing)),
     'single': np.array(
@@ -103,7 +105,10 @@ def measure(
 
 
 def error_without(
-  model: nn.Module, blocks: Blocks, images: jax.Array, labels: jax.Array
+  model: nn.Module,
+  blocks: Blocks,
+  images: jax.Array,
+  labels: Labels,
 ) -> Callable[[Variables, np.ndarray], float]:
   """The test error of a network without the branches of some blocks.
 
@@ -123,7 +128,7 @@ def error_without(
   @jax.jit
   def error(variables, deleted):
     with changed_joins(blocks, _delete(deleted)):
-      logits = model.apply(variables, images, train=False)
+      logits: Any = model.apply(variables, images, train=False)
     return (logits.argmax(-1) != labels).mean()
 
   return lambda variables, deleted: float(
@@ -131,63 +136,23 @@ def error_without(
   )
 
 
-def sampled_blocks_loss(
-  model: nn.Module, blocks: Blocks, keep: int
-) -> Callable[..., tuple[jax.Array, Any]]:
-  """The training loss with only some of the blocks, drawn anew for each key.
-
-  Veit et al. trained 23 of 54 blocks a batch so (section 5). The others are
-  their skip paths alone, and get no gradient; L2 and momentum still move them.
-
-  Args:
-    model: of logits, called as model(images, train=True); unrolled.
-    blocks: of `paths.find_blocks`.
-    keep: how many, from 0 to all.
-
-  Returns:
-    loss(params, batch_stats, images, labels, key) -> (the mean cross-entropy,
-    new batch statistics), for `jax.value_and_grad(loss, has_aux=True)`.
-
-  Raises:
-    InputError: `keep` out of range.
-  """
-  n = len(blocks)
-  if not 0 <= keep <= n:
-    raise InputError(f'keep={keep}: expected a number of blocks from 0 to {n}')
-
-  def loss(params, batch_stats, images, labels, key):
-    deleted = jax.random.permutation(key, n) >= keep
-    with changed_joins(blocks, _delete(deleted)):
-      logits, new = model.apply(
-        {'params': params, 'batch_stats': batch_stats},
-        images,
-        train=True,
-        rngs={'dropout': jax.random.fold_in(key, 1)},
-        mutable=['batch_stats'],
-      )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.mean(), new.get('batch_stats', {})
-
-  return loss
-
-
 def equal_blocks(variables: Variables, blocks: Blocks) -> list[list[int]]:
   """Groups of two blocks or more whose parameters have equal shapes.
 
   Args:
     variables: of an unrolled network.
-    blocks: of `paths.find_blocks`. What stands next to the join, in the same
-      module, is the block; a module with several joins has no blocks to swap.
+    blocks: of `paths.find_blocks`. The module of the join is the block; a
+      module with several joins has no blocks to swap.
 
   Returns:
-    Lists of numbers of blocks.
+    Lists of block numbers.
   """
   groups: dict[Any, list[int]] = {}
   modules = [block[:-1] for block in blocks]
   for i, module in enumerate(modules):
     if not module or modules.count(module) > 1:
       continue
-    leaves = flax.traverse_util.flatten_dict(_at(variables['params'], module))
+    leaves: dict[Any, Any] = flatten_dict(_at(variables['params'], module))
     key = tuple(sorted((name, leaf.shape) for name, leaf in leaves.items()))
     groups.setdefault(key, []).append(i)
   return [group for group in groups.values() if len(group) > 1]
@@ -229,7 +194,7 @@ def random_swaps(
   Args:
     rng: of the draws.
     n: number of blocks.
-    groups: of `equal_blocks`; a pair is drawn evenly from all pairs of equals.
+    groups: of `equal_blocks`; each pair of equal blocks is as likely.
     count: number of swaps, one after the other.
 
   Returns:
@@ -246,7 +211,7 @@ def random_swaps(
 
 
 def reorder(
-  variables: Variables, blocks: Blocks, order: Sequence[int]
+  variables: Variables, blocks: Blocks, order: Sequence[int] | np.ndarray
 ) -> dict[str, Any]:
   """Puts block order[i] into place i: parameters and running statistics.
 
@@ -264,80 +229,54 @@ def reorder(
   return out
 
 
-def kendall_tau(order: Sequence[int]) -> float:
-  """Kendall's rank correlation of an order of 0 ... n-1 with the sorted one.
-
-  The share of pairs in the right order less that of pairs in the wrong one.
-
-  >>> kendall_tau([0, 1, 2]), kendall_tau([2, 1, 0])
-  (1.0, -1.0)
-  """
-  order = np.asarray(order)
-  signs = np.sign(order[None, :] - order[:, None])
-  return float(signs[np.triu_indices(len(order), 1)].mean())
-
-
 def draw(
-  measured: Mapping[str, Mapping[str, np.ndarray]],
-  out: Path,
-  name: str = 'lesions',
+  measured: Mapping[str, Mapping[str, np.ndarray]], out: Path
 ) -> list[Path]:
-  """Draws what `measure` returns: SVG and PNG files in the folder `out`.
+  """Draws arrays of `measure`: SVG and PNG files in the folder `out`.
 
   Args:
-    measured: name in `VARIANTS` -> of `measure`.
+    measured: name in `VARIANTS` -> arrays of `measure`.
     out: folder.
-    name: of the files.
   """
   with plotting.style():
-    return plotting.save(_figure(measured), out, name)
-
-
-def _figure(measured: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-  figure, panels = plotting.new_figure(3, 1)
-  single, several, swapped = panels
-  for method, result in measured.items():
-    style = plotting.line_style(method)
-    line = {**style, 'label': VARIANTS[method].label}
-    places = 1 + np.arange(len(result['single']))
-    single.plot(places, 100 * result['single'], linewidth=1.2, **line)
-    changes = result['transitions']
-    single.plot(
-      places[changes],
-      100 * result['single'][changes],
-      color=style['color'],
-      marker='o',
-      linestyle='none',
-    )
-    _band(several, result['deleted'], result['several'], style)
-    swapped.plot(
-      result['tau'].ravel(),
-      100 * result['swapped'].ravel(),
-      color=style['color'],
-      marker='.',
-      linestyle='none',
-    )
-    whole = {'color': style['color'], 'linewidth': 0.8, 'alpha': 0.7}
+    figure, panels = plotting.new_figure(3, 1)
+    for method, result in measured.items():
+      _draw_method(panels, method, result)
+    single, several, swapped = panels
+    single.set_xlabel('the block deleted (dots: transitions)')
+    several.set_xlabel('number of random blocks deleted')
+    swapped.set_xlabel("Kendall's tau of the blocks' order")
+    swapped.invert_xaxis()
     for axes in panels:
-      axes.axhline(100 * result['whole'], **whole, zorder=0)
-  single.set_xlabel('the block deleted (dots: transitions)')
-  several.set_xlabel('number of random blocks deleted')
-  swapped.set_xlabel("Kendall's tau of the blocks' order")
-  swapped.invert_xaxis()
+      axes.set_ylabel('test error (%)')
+      axes.set_ylim(bottom=0)
+    labels = single.get_legend_handles_labels()
+    plotting.legend(figure, *labels, columns=3)
+    return plotting.save(figure, out, 'lesions')
+
+
+def _draw_method(
+  panels: Sequence[Axes], method: str, result: Mapping[str, np.ndarray]
+) -> None:
+  single, several, swapped = panels
+  style = plotting.line_style(method)
+  dots = {'color': style['color'], 'linestyle': 'none'}
+  numbers = 1 + np.arange(len(result['single']))
+  errors = 100 * result['single']
+  label = VARIANTS[method].label
+  single.plot(numbers, errors, linewidth=1.2, label=label, **style)
+  changes = result['transitions']
+  single.plot(numbers[changes], errors[changes], marker='o', **dots)
+  _band(several, result['deleted'], result['several'], style)
+  taus, errors = result['tau'].ravel(), 100 * result['swapped'].ravel()
+  swapped.plot(taus, errors, marker='.', **dots)
+  whole = 100 * float(result['whole'])
   for axes in panels:
-    axes.set_ylabel('test error (%)')
-    axes.set_ylim(bottom=0)
-  figure.legend(
-    *single.get_legend_handles_labels(),
-    loc='outside upper left',
-    ncols=3,
-    handlelength=3,
-  )
-  return figure
+    axes.axhline(whole, color=dots['color'], linewidth=0.8, alpha=0.7, zorder=0)
 
 
 def _band(
-  axes: Axes, x: np.ndarray, errors: np.ndarray, style: Mapping[str, str]
+  axes: Axes, x: np.ndarray, errors: np.ndarray, style: Mapping[str, Any]
 ) -> None:
   """Mean over the draws, and their range."""
   axes.plot(x, 100 * errors.mean(1), marker='o', markersize=3.5, **style)

@@ -1,6 +1,6 @@
-"""What an analysis looks at: a network at its start, or that of a run."""
+"""The networks that are analyzed: at initialization, trained, or of a run."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class Network(NamedTuple):
   """
 
   model: nn.Module
-  variables: dict[str, Any]
+  variables: Mapping[str, Any]
   images: jax.Array
   labels: np.ndarray
 
@@ -38,27 +38,25 @@ def at_start(config: ConfigDict, images: int = 360) -> Network:
     InputError: a network that can't be, or its data is missing.
   """
   data = open_dataset(config.data)
-  # Looked at on one device: there is no axis to average statistics over.
+  # On one device there is no axis to average statistics over.
   model = build_model(config, data.num_classes).clone(axis_name=None)
   variables = init_variables(model, data.image_shape, config.seed)
-  return Network(model, variables, *_some_images(data, images))
+  return Network(model, variables, *_eval_images(data, images))
 
 
 def of_run(run: Saved, images: int = 360) -> Network:
   """The network of a checkpoint."""
-  images = _some_images(run.data, images)
-  return Network(run.model, run.variables, *images)
+  return Network(run.model, run.variables, *_eval_images(run.data, images))
 
 
 def trained(config: ConfigDict, workdir: Path, images: int = 360) -> Network:
-  """A recipe's network after training, in a folder where that goes on."""
+  """A recipe's network after training in a folder, where a run resumes."""
   train(config, workdir)
   return of_run(load_run(workdir), images)
 
 
-def _some_images(data: Dataset, number: int) -> Iterator[Any]:
+def _eval_images(data: Dataset, number: int) -> tuple[jax.Array, np.ndarray]:
   """The first images to evaluate on, normalized, and their labels."""
-  batch, labels, mask = next(iter(data.eval_batches(number)))
-  seen = int(mask.sum())
-  yield data.augmentation.normalize(batch[:seen])
-  yield labels[:seen]
+  images, labels, mask = next(iter(data.eval_batches(number)))
+  n = int(mask.sum())
+  return data.augmentation.normalize(images[:n]), labels[:n]

@@ -6,7 +6,7 @@ carry?
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from skipinit_jax import plotting
@@ -27,14 +26,14 @@ from skipinit_jax.variants import VARIANTS
 SHOWN = 1e-20  # Smallest norm drawn, as a share of the largest.
 
 Variables = Mapping[str, Any]
-# Called as change(block, skip, branch), returns what the join is given.
-Change = Callable[[jax.Array, jax.Array, jax.Array], tuple]
+# change(block, skip, branch) returns the skip path and the branch to be joined.
+Change = Callable[[int, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def unrolled(
   model: nn.Module, variables: Variables
 ) -> tuple[nn.Module, dict[str, Any]]:
-  """The same network with a join of its own for every block.
+  """The same network with a separate join for every block.
 
   Args:
     model: any Linen module; those of this package may be scanned.
@@ -54,7 +53,7 @@ def find_blocks(
     model: any Linen module, called as model(images, train=...), whose blocks
       end in `Join`.
     variables: of `model`.
-    images: what it takes; no value is looked at.
+    images: of the shape and dtype that it takes; the values are not read.
 
   Returns:
     Their paths, such as ('stage1', 'block2', 'join').
@@ -82,22 +81,22 @@ def find_blocks(
   for path in blocks:
     if STACKED in path:
       raise InputError(
-        f'{"/".join(path)} stands for all blocks of a scan, which can not be '
-        'told apart; expected a network with scan=False'
+        f'{"/".join(path)} stands for all blocks of a scan; expected a network '
+        'with scan=False'
       )
     if calls.count(path) > 1:
       raise InputError(
         f'{"/".join(path)} is called {calls.count(path)} times; expected a '
-        'Join of its own for every block'
+        'separate Join for every block'
       )
   return blocks
 
 
 @contextlib.contextmanager
 def changed_joins(
-  blocks: list[tuple[str, ...]], change: Change
+  blocks: Sequence[tuple[str, ...]], change: Change
 ) -> Iterator[None]:
-  """A context in which every join is given change(block, skip, branch).
+  """A context in which every join is passed change(block, skip, branch).
 
   Args:
     blocks: of `find_blocks`.
@@ -118,23 +117,22 @@ def path_gradients(
   model: nn.Module,
   variables: Variables,
   images: jax.Array,
-  labels: jax.Array,
+  labels: jax.Array | np.ndarray,
   *,
   train: bool = True,
 ) -> tuple[list[tuple[str, ...]], Callable[[jax.Array], tuple[Any, jax.Array]]]:
-  """The gradient that passes along one path, as a compiled function.
+  """The gradient along one path, as a compiled function.
 
   The forward pass is whole. In the backward pass the gradient goes through the
-  branches of the blocks selected, and through the skip paths of the others.
+  branches of the selected blocks, and through the skip paths of the others.
 
   Args:
     model: any Linen module of logits, called as model(images, train=...), whose
-      blocks end in `Join`, each with a module of its own.
+      blocks end in `Join`, a separate one in each.
     variables: of `model`.
     images: (batch, ...), floating, as the model takes them.
     labels: integers (batch,).
-    train: use batch statistics, as in training and as a network at
-      initialization must.
+    train: use batch statistics, as a network at initialization must.
 
   Returns:
     The blocks, and f(selection), bool (blocks,): the gradient of the sum over
@@ -165,7 +163,7 @@ def measure(
   model: nn.Module,
   variables: Variables,
   images: jax.Array,
-  labels: jax.Array,
+  labels: jax.Array | np.ndarray,
   *,
   samples: int = 4,
   train: bool = True,
@@ -253,64 +251,57 @@ def weigh(norm: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def draw(
-  measured: Mapping[str, Mapping[str, np.ndarray]],
-  out: Path,
-  name: str = 'paths',
+  measured: Mapping[str, Mapping[str, np.ndarray]], out: Path
 ) -> list[Path]:
-  """Draws what `measure` returns, as figure 6 of Veit et al. 2016.
+  """Draws arrays of `measure`, as figure 6 of Veit et al. 2016.
 
   Args:
-    measured: name in `VARIANTS` -> of `measure`, all of as many blocks.
-    out: folder.
-    name: of the files.
+    measured: name in `VARIANTS` -> arrays of `measure`, all of equal shapes.
+    out: folder for the SVG and PNG files.
+
+  Raises:
+    InputError: no path of any network has a gradient.
   """
-  with plotting.style():
-    return plotting.save(_figure(measured), out, name)
-
-
-def _figure(measured: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
   largest = max(result['norm'].max() for result in measured.values())
   if not largest > 0:
     raise InputError(
       'no path has a gradient; expected a classifier that does not start at '
       'zero: --config.model.classifier_init=he, or a trained network'
     )
-  figure, (lengths, norms, shares) = plotting.new_figure(3, 1, sharex=True)
-  paths = next(iter(measured.values()))['paths']
-  lengths.bar(np.arange(len(paths)), paths, color='0.6')
-  lengths.set_ylabel('share of all paths')
-  alone = 10.0  # Size of the marker of a method with one length, hollow.
-  for method, result in measured.items():
-    style = {**plotting.line_style(method), 'marker': 'o', 'markersize': 3}
-    length = np.flatnonzero(result['norm'] > 0)
-    if len(length) == 1:
-      style |= {'markersize': alone, 'markerfacecolor': 'none'}
-      alone -= 4
-    label = f'{VARIANTS[method].label} (mean {result["effective_depth"]:.1f})'
-    norms.plot(length, result['norm'][length], label=label, **style)
-    shares.plot(length, result['gradient'][length], **style)
-  norms.set_yscale('log')
-  norms.set_ylim(max(SHOWN * largest, norms.get_ylim()[0]), 10 * largest)
-  plotting.log_axis(norms)
-  norms.set_ylabel("norm of a path's gradient")
-  shares.set_ylabel('share of the gradient')
-  shares.xaxis.set_major_locator(MaxNLocator(integer=True))
-  shares.set_xlabel('path length (branches passed)')
-  handles, labels = norms.get_legend_handles_labels()
-  figure.legend(
-    handles, labels, loc='outside upper left', ncols=2, handlelength=3
-  )
-  figure.align_ylabels()
-  return figure
+  with plotting.style():
+    figure, (lengths, norms, shares) = plotting.new_figure(3, 1, sharex=True)
+    paths = next(iter(measured.values()))['paths']
+    lengths.bar(np.arange(len(paths)), paths, color='0.6')
+    lengths.set_ylabel('share of all paths')
+    lone = 10.0  # Size of the marker of a method with one length, hollow.
+    for method, result in measured.items():
+      style = plotting.line_style(method) | {'marker': 'o', 'markersize': 3}
+      length = np.flatnonzero(result['norm'] > 0)
+      if len(length) == 1:
+        style |= {'markersize': lone, 'markerfacecolor': 'none'}
+        lone -= 4
+      label = f'{VARIANTS[method].label} (mean {result["effective_depth"]:.1f})'
+      norms.plot(length, result['norm'][length], label=label, **style)
+      shares.plot(length, result['gradient'][length], **style)
+    norms.set_yscale('log')
+    norms.set_ylim(max(SHOWN * largest, norms.get_ylim()[0]), 10 * largest)
+    plotting.log_axis(norms)
+    norms.set_ylabel("norm of a path's gradient")
+    shares.set_ylabel('share of the gradient')
+    shares.xaxis.set_major_locator(MaxNLocator(integer=True))
+    shares.set_xlabel('path length (branches passed)')
+    plotting.legend(figure, *norms.get_legend_handles_labels(), columns=2)
+    figure.align_ylabels()
+    return plotting.save(figure, out, 'paths')
 
 
 def _gate(x: jax.Array, opened: jax.Array) -> jax.Array:
-  """x, through which a gradient passes only where the gate is open."""
+  """x, with a gradient only where the gate is open."""
   return jnp.where(opened, x, jax.lax.stop_gradient(x))
 
 
-def _norms(params: Any, images: jax.Array) -> tuple[float, float]:
-  """Mean norm of the images' gradients, and norm of the stem's of the mean."""
+def _norms(params: Any, images: jax.Array) -> tuple[Any, Any]:
+  """Mean norm of images' gradients; norm of the stem's gradient of the mean."""
   # In float64: squares of small and large gradients leave float32.
   flat = np.asarray(images, np.float64).reshape(len(images), -1)
   stem = params.get('stem', {}).get('kernel')

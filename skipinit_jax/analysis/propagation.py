@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from skipinit_jax import plotting
+from skipinit_jax import markdown, plotting
 from skipinit_jax.analysis.capture import capture, second_moment
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.methods import Method, resolve_method
@@ -24,14 +25,11 @@ from skipinit_jax.models.resnet import ResNet, WideResNet
 from skipinit_jax.models.stages import unstack_blocks
 from skipinit_jax.variants import VARIANTS
 
-# Name in `VARIANTS` -> method and initial value of its scalar.
-COLUMNS: dict[str, tuple[str, str | None]] = {
-  'batchnorm': ('batchnorm', None),
-  'skipinit_sqrt': ('skipinit', '1/sqrt(d)'),
-  'skipinit': ('skipinit', None),
-  'none': ('none', None),
-}
+# Of `VARIANTS`.
+COLUMNS = ('batchnorm', 'skipinit_sqrt', 'skipinit', 'none')
 PATHS = ('skip', 'branch', 'output')
+
+THEORY = {'color': plotting.INK, 'linewidth': 0.7}
 
 Captured = Mapping[str, np.ndarray]
 Measured = Mapping[int, Mapping[str, Captured]]
@@ -44,18 +42,18 @@ def expected(
   start: float = 1.0,
   project_first: bool = True,
 ) -> dict[str, np.ndarray]:
-  """What theory says of a pre-activation network at initialization.
+  """The moments of a pre-activation network at initialization, in theory.
 
-  He's initialization keeps the second moment of what a layer is given. For
+  He's initialization keeps the second moment of a layer's input. For
   block l of d, l counted from 1, Var(output_l) = gain^2 (Var(skip_l) +
   Var(branch_l)), and:
 
     no normalization: Var(branch) = alpha^2 Var(skip): the output grows as
       2^l for alpha = 1, as (1 + 1/d)^l for 1/sqrt(d), and not at all for 0;
     batch normalization: Var(branch) = 1 whatever the input: the output is
-      start + l, the branch's share 1 / (start + l). A block that projects
-      projects a normalized input, so that its skip path has variance 1 again:
-      the count l restarts in every stage, with shares 1/2, 1/3, ...
+      start + l, the branch's share 1 / (start + l). Projections take a
+      normalized input, so that the skip path has variance 1 again and the
+      count l restarts in every stage, with shares 1/2, 1/3, ...
 
   Args:
     method: without Fixup's post-activation block.
@@ -128,11 +126,23 @@ def path_lengths(shares: np.ndarray) -> np.ndarray:
   return distribution
 
 
+def wide_resnet(variant: str, depth: int, width: int, **fields: Any) -> ResNet:
+  """A Wide-ResNet with the method and the alpha of a row of `VARIANTS`."""
+  row = VARIANTS[variant].fields
+  return WideResNet(
+    depth,
+    width,
+    method=row['model.method'],
+    alpha=row.get('model.alpha'),
+    **fields,
+  )
+
+
 def initialize(model: ResNet, images: jax.Array, seed: int) -> dict[str, Any]:
-  """The variables of an unrolled network at the start, for images like these.
+  """The variables of an unrolled network at initialization.
 
   They are drawn in the scanned form, whose program is small at any depth, by
-  'rbg', which takes a third of the time of JAX's own generator.
+  'rbg', which takes a third of the time of JAX's default generator.
   """
   init = functools.partial(model.clone(scan=True).init, train=False)
   key = jax.random.key(seed, impl='rbg')
@@ -167,37 +177,28 @@ def measure(
   """
   shape = batch, image_size, image_size, 3
   values = np.random.default_rng(seed).standard_normal(shape)
-  measured: dict[int, dict[str, dict[str, np.ndarray]]] = {}
+
+  def of_variant(depth: int, variant: str) -> dict[str, np.ndarray]:
+    model = wide_resnet(variant, depth, width, param_dtype='float64')
+    captured = capture(model, initialize(model, images, seed), images)
+    return beside_theory(captured, model, project_first=width > 1)
+
   with jax.enable_x64(True):  # 2^498 is beyond float32.
     images = jnp.asarray(values)
-    for depth in depths:
-      measured[depth] = {}
-      for column, (method, alpha) in COLUMNS.items():
-        model = WideResNet(
-          depth, width, method=method, alpha=alpha, param_dtype='float64'
-        )
-        variables = initialize(model, images, seed)
-        measured[depth][column] = beside_theory(
-          capture(model, variables, images),
-          resolve_method(method, alpha),
-          model.stage_sizes,
-          project_first=width > 1,
-        )
-  return measured
+    return {
+      depth: {variant: of_variant(depth, variant) for variant in COLUMNS}
+      for depth in depths
+    }
 
 
 def beside_theory(
-  captured: Captured,
-  method: Method,
-  stage_sizes: Sequence[int],
-  *,
-  project_first: bool,
+  captured: Captured, model: ResNet, *, project_first: bool
 ) -> dict[str, np.ndarray]:
   """What `capture` returns, with second moments and what `expected` returns."""
   moments = {path: second_moment(captured, path) for path in PATHS}
   theory = expected(
-    method,
-    stage_sizes,
+    resolve_method(model.method, model.alpha),
+    model.stage_sizes,
     start=float(moments['skip'][0]),
     project_first=project_first,
   )
@@ -206,30 +207,32 @@ def beside_theory(
 
 
 def table(measured: Measured) -> str:
-  """Effective depths as a Markdown table: measured, and in brackets theory's.
+  """Effective depths as a Markdown table: measured, and in theory in brackets.
 
-  Theory's are those of a network whose every stage begins at Var(skip) = 1.
+  In theory every stage begins at Var(skip) = 1.
   """
   columns = list(next(iter(measured.values())))
-  rows = [['depth', 'blocks', *(VARIANTS[c].label for c in columns)]]
-  rows.append(['---'] * len(rows[0]))
+  rows = []
   for depth, by_column in measured.items():
     cells = [
-      f'{effective_depth(captured["share"]):.2f} '
-      f'({effective_depth(captured["expected_share"]):.2f})'
-      for captured in by_column.values()
+      f'{effective_depth(found["share"]):.2f} '
+      f'({effective_depth(found["expected_share"]):.2f})'
+      for found in by_column.values()
     ]
     blocks = len(by_column[columns[0]]['share'])
     rows.append([str(depth), str(blocks), *cells])
-  return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+  labels = [VARIANTS[column].label for column in columns]
+  return markdown.table([['depth', 'blocks', *labels], *rows])
 
 
 def draw(measured: Measured, out: Path) -> list[Path]:
   """Draws what `measure` returns: SVG and PNG files in the folder `out`.
 
   Per depth the second moments against the block, with theory; the shares
-  against the block; the distribution of path lengths.
+  against the block; the distribution of path lengths. Also writes `table`.
   """
+  out.mkdir(parents=True, exist_ok=True)
+  (out / 'effective_depth.md').write_text(table(measured))
   files = []
   with plotting.style():
     for depth, by_column in measured.items():
@@ -259,7 +262,7 @@ def _draw_moments(
       theory = captured[f'expected_{path}']
       for values, line in (
         (captured[path], {'color': color, 'linestyle': dashes[path]}),
-        (theory, {'color': plotting.INK, 'linewidth': 0.7, 'zorder': 3}),
+        (theory, {**THEORY, 'zorder': 3}),
       ):
         if values.all():
           axes.plot(blocks, np.log2(values), **line)
@@ -273,17 +276,10 @@ def _draw_moments(
     axes.set_xlabel('block, from the input')
   for axes in panels[::2]:
     axes.set_ylabel('log₂ of the mean square')
-  gray = [
-    Line2D([], [], color='gray', linestyle=dashes[path]) for path in PATHS
-  ]
-  theory = Line2D([], [], color=plotting.INK, linewidth=0.7)
-  figure.legend(
-    [*gray, theory],
-    ['skip path', 'branch', "block's output", 'theory, of each'],
-    loc='outside upper left',
-    ncols=4,
-    handlelength=3,
-  )
+  gray = [plotting.handle(color='gray', linestyle=dashes[p]) for p in PATHS]
+  labels = ['skip path', 'branch', "block's output", 'theory, of each']
+  handles = [*gray, plotting.handle(**THEORY)]
+  plotting.legend(figure, handles, labels, columns=4)
   return plotting.save(figure, out, f'variance-depth-{depth}')
 
 
@@ -295,35 +291,42 @@ def _widen(axes: Axes) -> None:
     axes.set_ylim(middle - 2, middle + 2)
 
 
-def _draw_shares(measured: Measured, out: Path) -> list[Path]:
-  figure, panels = plotting.new_figure(
-    len(measured), height=2.1 * len(measured)
-  )
+def _panels(
+  measured: Measured, xlabel: str, ylabel: str
+) -> tuple[Figure, list[Axes]]:
+  """A figure with a panel for each depth."""
+  rows = len(measured)
+  figure, panels = plotting.new_figure(rows, height=2.1 * rows)
   for axes, (depth, by_column) in zip(panels, measured.items(), strict=True):
+    blocks = len(next(iter(by_column.values()))['share'])
+    axes.set_title(f'depth {depth}, {blocks} blocks', loc='left')
+    axes.set_ylabel(ylabel)
+  panels[-1].set_xlabel(xlabel)
+  return figure, panels
+
+
+def _draw_shares(measured: Measured, out: Path) -> list[Path]:
+  figure, panels = _panels(measured, 'block, from the input', "branch's share")
+  for axes, by_column in zip(panels, measured.values(), strict=True):
     for column, captured in by_column.items():
-      blocks = 1 + np.arange(len(captured['share']))
-      if captured['share'].any():
-        axes.plot(blocks, captured['share'], **plotting.line_style(column))
-        axes.plot(
-          blocks,
-          captured['expected_share'],
-          color=plotting.INK,
-          linewidth=0.7,
-          zorder=3,
-        )
+      share, theory = captured['share'], captured['expected_share']
+      blocks = 1 + np.arange(len(share))
+      if share.any():
+        axes.plot(blocks, share, **plotting.line_style(column))
+        axes.plot(blocks, theory, **THEORY, zorder=3)
     plotting.log_axis(axes)
-    axes.set_title(f'depth {depth}', loc='left')
-    axes.set_ylabel("branch's share")
-  panels[-1].set_xlabel('block, from the input')
-  _legend(figure, measured, {'skipinit': ' (share 0)'}, theory=True)
+  handles, labels = _handles(measured)
+  if 'SkipInit 0' in labels:
+    labels[labels.index('SkipInit 0')] += ' (share 0)'
+  handles.append(plotting.handle(**THEORY))
+  plotting.legend(figure, handles, [*labels, 'theory'], columns=2)
   return plotting.save(figure, out, 'share')
 
 
 def _draw_path_lengths(measured: Measured, out: Path) -> list[Path]:
-  figure, panels = plotting.new_figure(
-    len(measured), height=2.1 * len(measured)
-  )
-  for axes, (depth, by_column) in zip(panels, measured.items(), strict=True):
+  xlabel = 'branches that a path passes'
+  figure, panels = _panels(measured, xlabel, 'share of the paths')
+  for axes, by_column in zip(panels, measured.values(), strict=True):
     last = 0
     for column, captured in by_column.items():
       chances = path_lengths(captured['share'])
@@ -331,25 +334,18 @@ def _draw_path_lengths(measured: Measured, out: Path) -> list[Path]:
       marker = '.' if len(chances) < 60 else ''
       style = plotting.line_style(column)
       if np.count_nonzero(chances) == 1:
-        style, marker = {**style, 'linestyle': 'none'}, 'o'
+        style, marker = plotting.line_style(column), 'o'
+        style['linestyle'] = 'none'
       axes.plot(chances, marker=marker, **style)
     plotting.log_axis(axes)
     axes.set_ylim(1e-4, 1.3)
     axes.set_xlim(-0.02 * last, last)
-    axes.set_title(f'depth {depth}, {len(chances) - 1} blocks', loc='left')
-    axes.set_ylabel('share of the paths')
-  panels[-1].set_xlabel('branches that a path passes')
-  _legend(figure, measured, {}, theory=False)
+  plotting.legend(figure, *_handles(measured), columns=2)
   return plotting.save(figure, out, 'path-lengths')
 
 
-def _legend(figure, measured, notes: Mapping[str, str], *, theory: bool):
+def _handles(measured: Measured) -> tuple[list[Line2D], list[str]]:
+  """A line and a label for each column, for a legend."""
   columns = list(next(iter(measured.values())))
-  lines = [Line2D([], [], **plotting.line_style(column)) for column in columns]
-  labels = [VARIANTS[c].label + notes.get(c, '') for c in columns]
-  if theory:
-    lines.append(Line2D([], [], color=plotting.INK, linewidth=0.7))
-    labels.append('theory')
-  figure.legend(
-    lines, labels, loc='outside upper left', ncols=2, handlelength=3
-  )
+  lines = [plotting.handle(**plotting.line_style(c)) for c in columns]
+  return lines, [VARIANTS[c].label for c in columns]

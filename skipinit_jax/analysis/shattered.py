@@ -1,7 +1,7 @@
 """Shattered gradients (Balduzzi et al. 2017, section 2 and figure 2).
 
-In a deep feed-forward network the gradient with respect to the input is, from
-one input to the next, as good as white noise; skip paths keep it together.
+In a deep feed-forward network the gradient with respect to the input varies
+from one input to the next like white noise; skip paths keep it correlated.
 """
 
 import functools
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from skipinit_jax import plotting
 from skipinit_jax.errors import InputError, unknown
@@ -106,11 +105,10 @@ def input_gradients(
 ) -> jax.Array:
   """Gradients of random networks over a grid of scalar inputs in [-2, 2].
 
-  The input of the network is (x, 1): the 1 makes biases of the first layer, as
-  random as its weights, without which a network of ReLUs bends at 0 alone.
-  (The paper does not say what its biases were.) Batch statistics are those of
-  the grid, held constant: the gradient is that of one output with respect to
-  its own input.
+  The input of the network is (x, 1): the 1 gives the first layer biases as
+  random as its weights; without them a network of ReLUs bends only at 0. (The
+  paper does not describe its biases.) Batch statistics are those of the grid,
+  held constant: the gradient is that of an output with respect to its input.
 
   Args:
     model: maps (points, 2) to (points, 1), called as model(x, train=True).
@@ -136,7 +134,7 @@ def input_gradients(
       return y[:, 0]
 
     variables = model.init(key, jnp.ones((1, 2)), train=False)
-    # Outputs depend on no other input, so that one tangent gives all.
+    # Each output depends on one input alone, so one tangent gives all.
     return jax.jvp(f, (grid,), (jnp.ones_like(grid),))[1]
 
   return jax.jit(jax.vmap(run))(keys)
@@ -146,10 +144,10 @@ def autocorrelation(series: np.ndarray, lags: int = LAGS) -> np.ndarray:
   """Autocorrelation along the last axis, about zero.
 
   r_k = mean_i v_i v_{i+k} / mean_i v_i^2. Gradients of random networks have
-  mean zero over the draw of the weights, so that none is taken off a series:
-  one that is constant has an autocorrelation of 1. The paper does not say how
-  it estimates; that of brown noise agrees with its figure so, 0.85 at lag 15,
-  and is 0.67 about the mean.
+  mean zero over the draw of the weights, so no mean is subtracted: a constant
+  series has an autocorrelation of 1. The paper does not give its estimator;
+  brown noise then agrees with its figure, 0.85 at lag 15, and has 0.67 about
+  the mean.
 
   Args:
     series: (..., n), at least lags + 1 of them.
@@ -220,84 +218,66 @@ def measure(
   keys = jax.random.split(jax.random.key(seed), runs)
   measured = {'depths': np.array(depths)}
   for name in networks:
-    measured[name] = np.stack(
-      [
-        autocorrelation(
-          input_gradients(NETWORKS[name](depth, width), keys, points)
-        )
-        for depth in depths
-      ]
-    )
+    models = [NETWORKS[name](depth, width) for depth in depths]
+    gradients = [np.asarray(input_gradients(m, keys, points)) for m in models]
+    measured[name] = np.stack([autocorrelation(g) for g in gradients])
   for name, series in noise(runs, points, seed).items():
     measured[name] = autocorrelation(series)
   return measured
 
 
-def draw(
-  measured: Mapping[str, np.ndarray], out: Path, name: str = 'shattered'
-) -> list[Path]:
-  """Draws what `measure` returns, a panel a network, as the paper's figure 2.
+def draw(measured: Mapping[str, np.ndarray], out: Path) -> list[Path]:
+  """Draws the arrays of `measure` as the paper's figure 2, a panel a network.
 
   Diamonds are the paper's figure at lag 15, read off by eye.
   """
-  with plotting.style():
-    return plotting.save(_figure(measured), out, name)
-
-
-def _figure(measured: Mapping[str, np.ndarray]) -> Figure:
   networks = [name for name in NETWORKS if name in measured]
   rows = -(-len(networks) // 2)
-  figure, panels = plotting.new_figure(
-    rows, 2, width=5.4, height=1.5 * rows + 0.6, sharey=True
-  )
-  for axes in panels[len(networks) :]:
-    axes.remove()
   viridis = matplotlib.colormaps['viridis']
   count = len(measured['depths'])
   colors = [viridis(0.05 + 0.75 * i / max(count - 1, 1)) for i in range(count)]
-  for axes, network in zip(panels, networks, strict=False):
-    _panel(axes, measured, network, colors)
-  for axes in panels[: len(networks)][-2:]:
-    axes.set_xlabel('lag (steps of the grid)')
-  for axes in panels[::2]:
-    axes.set_ylabel('autocorrelation')
-  figure.legend(
-    *panels[0].get_legend_handles_labels(),
-    loc='outside upper left',
-    ncols=3,
-    handlelength=2.5,
-  )
-  return figure
+  with plotting.style():
+    figure, panels = plotting.new_figure(
+      rows, 2, width=5.4, height=1.5 * rows + 0.6, sharey=True
+    )
+    for axes in panels[len(networks) :]:
+      axes.remove()
+    for axes, network in zip(panels, networks, strict=False):
+      _draw_panel(axes, measured, network, colors)
+    for axes in panels[: len(networks)][-2:]:
+      axes.set_xlabel('lag (steps of the grid)')
+    for axes in panels[::2]:
+      axes.set_ylabel('autocorrelation')
+    plotting.legend(figure, *panels[0].get_legend_handles_labels(), columns=3)
+    return plotting.save(figure, out, 'shattered')
 
 
-def _panel(
+def _draw_panel(
   axes: Axes, measured: Mapping[str, np.ndarray], network: str, colors: list
 ) -> None:
   lags = np.arange(measured['white'].shape[-1])
-  gray = {'color': 'gray', 'linewidth': 1.2}
   for name, dashes in (('brown', '--'), ('white', ':')):
     axes.plot(
-      lags, measured[name].mean(0), dashes, **gray, label=f'{name} noise'
+      lags,
+      measured[name].mean(0),
+      dashes,
+      color='gray',
+      linewidth=1.2,
+      label=f'{name} noise',
     )
+  depths = measured['depths'].tolist()
   for depth, color, values in zip(
-    measured['depths'], colors, measured[network], strict=True
+    depths, colors, measured[network], strict=True
   ):
     axes.plot(lags, values.mean(0), color=color, label=f'depth {depth}')
   published = dict(zip(DEPTHS, PUBLISHED.get(network, ()), strict=False))
   label = 'published (by eye)'
-  for depth, color in zip(measured['depths'], colors, strict=True):
-    if int(depth) in published:
-      axes.plot(
-        lags[-1],
-        published[int(depth)],
-        'D',
-        color=color,
-        markerfacecolor='none',
-        clip_on=False,
-        label=label,
-        markersize=6,
-      )
-      label = None
+  for depth, color in zip(depths, colors, strict=True):
+    if depth in published:
+      value = published[depth]
+      style = {'color': color, 'markerfacecolor': 'none', 'markersize': 6}
+      axes.plot(lags[-1], value, 'D', label=label, clip_on=False, **style)
+      label = None  # Once in the legend.
   axes.set_title(TITLES[network], loc='left')
   axes.set_ylim(-0.12, 1.05)
   axes.set_xticks(lags[::5])
