@@ -86,7 +86,3 @@ def wait(out: None) -> None:
 def peak_bytes() -> int:
   """Peak bytes of GPU memory."""
   return torch.cuda.max_memory_allocated()
-
-
-def device_name() -> str:
-  return torch.cuda.get_device_name() if CUDA else 'cpu'

@@ -2,11 +2,11 @@
 
 python -m skipinit_jax.export --checkpoint=RUN --out=DIR --platforms=cpu,cuda
 
-writes to DIR, of the newest checkpoint or of RUN/checkpoints/STEP:
+writes to DIR, from the newest checkpoint or from RUN/checkpoints/STEP:
 
   model.stablehlo      uint8 images in, float32 logits out, weights inside
   weights.safetensors  the weights alone
-  model.json           what both are
+  model.json           a description of both
 
 The program normalizes the images itself and takes any batch size. To run it:
 
@@ -25,7 +25,7 @@ import flax
 import jax
 import jax.export
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -59,13 +59,13 @@ FIELDS = (
   'scan',
   'symmetric_padding',
 )
-# Batches of random images that what was written is compared on, and the
-# largest difference of a logit as a share of the largest: elsewhere than on
-# CPUs products of float32 are taken in TF32 or bfloat16.
+# Batches of random images for the comparison of files with the run, and the
+# largest difference of a logit as a share of the largest: other devices than
+# CPUs multiply float32 in TF32 or bfloat16.
 BATCHES = (1, 3)
 TOLERANCE, TOLERANCE_ELSEWHERE = 1e-3, 5e-2
 
-# And its variables, {'params': ..., 'batch_stats': ...}.
+# A model and its variables, {'params': ..., 'batch_stats': ...}.
 Network = tuple[ResNet, dict[str, Any]]
 
 
@@ -77,27 +77,25 @@ def export(
 ) -> dict[str, Any]:
   """Writes a run's network to a folder, and checks what was written.
 
-  The averages of the parameters are taken where the run kept them. Everything
-  is float32, whatever the run computed in. The program and the weights are read
-  again and compared with the run's own network on random images at two batch
-  sizes, and `model.json` is written last.
+  Averages of the parameters are exported if the run kept them. Everything is
+  float32, whatever the run's dtype. The program and the weights are read again
+  and compared with the run's network on random images at two batch sizes;
+  `model.json` is written last.
 
   Args:
     checkpoint: the folder of a run, or one of its `checkpoints/STEP`.
     out: the folder to write to.
-    platforms: that the program is for, of PLATFORMS; this machine's is one, or
-      the program could not be checked.
-    folded: without scalars, see `models.fold`. A network that has none is the
-      same either way.
+    platforms: of PLATFORMS, for the program; this machine's must be one, to
+      check the program.
+    folded: without scalars, see `models.fold`.
 
   Returns:
-    What model.json holds.
+    The content of model.json.
 
   Raises:
     InputError: no such checkpoint, an unknown platform, a network that can't be
       folded, or a folder that can't be written.
-    RunError: the checkpoint is damaged, or what was written computes something
-      else.
+    RunError: the checkpoint is damaged, or a file computes other logits.
   """
   platforms = _checked(platforms)
   out, saved = Path(out), load_run(checkpoint)
@@ -115,7 +113,7 @@ def export(
     (out / PROGRAM).write_bytes(program.serialize())
   except OSError as error:
     raise InputError(f'can not write to {out}: {error.strerror}') from None
-  # Under the names of the unrolled network, whichever this is.
+  # Scanned or not, under the names of the unrolled network.
   save_weights(out / WEIGHTS, unstack_blocks(after[1]))
   original = logits_of(*before, pixels)
   described['largest_relative_errors'] = _compare(original, out, described)
@@ -125,7 +123,7 @@ def export(
 
 def logits_of(
   model: ResNet, variables: Mapping[str, Any], pixels: Augmentation
-) -> Callable[[jax.Array], jax.Array]:
+) -> Callable[[jax.Array], Any]:
   """From uint8 images (batch, height, width, channels) to float32 logits."""
   return lambda images: model.apply(
     variables, pixels.normalize(images), train=False
@@ -144,14 +142,11 @@ def _lower(
   )
 
 
-def load(
-  out: os.PathLike | str, described: Mapping[str, Any] | None = None
-) -> tuple[ResNet, dict[str, Any]]:
+def load(out: os.PathLike | str) -> Network:
   """The network that an export describes, and its weights.
 
   Args:
     out: the folder of an export.
-    described: what its model.json holds; None: read it.
 
   Returns:
     The model and {'params': ..., 'batch_stats': ...}, for
@@ -161,9 +156,14 @@ def load(
     InputError: no export, or weights that are not of this network.
   """
   try:
-    described = described or json.loads((Path(out) / DESCRIPTION).read_text())
+    described = json.loads((Path(out) / DESCRIPTION).read_text())
   except (OSError, ValueError):
     raise InputError(f'{out} holds no export: no {DESCRIPTION}') from None
+  return _load(Path(out), described)
+
+
+def _load(out: Path, described: Mapping[str, Any]) -> Network:
+  """The network of a description, with the weights of an export."""
   fields = described['network'] | {
     'stage_sizes': tuple(described['network']['stage_sizes']),
     'method': Method(**described['network']['method']),
@@ -175,7 +175,7 @@ def load(
       jax.random.key(0), jnp.zeros(shape), train=False
     )
   )
-  variables = load_weights(Path(out) / WEIGHTS, like)
+  variables = load_weights(out / WEIGHTS, like)
   return model, stack_blocks(variables) if model.scan else variables
 
 
@@ -199,7 +199,7 @@ def _checked(platforms: Sequence[str]) -> list[str]:
 def _describe(
   saved: Saved, before: Network, after: Network, platforms: Sequence[str]
 ) -> dict[str, Any]:
-  """What model.json holds, but for the errors."""
+  """The content of model.json without the errors."""
   methods = [resolve_method(m.method, m.alpha) for m, _ in (before, after)]
   names = [
     flatten_dict(unstack_blocks(v), sep=SEPARATOR).keys()
@@ -217,7 +217,7 @@ def _describe(
     'parameters': 'moving averages' if saved.averages else 'of the last step',
     'input': {'shape': ['b', *data.image_shape], 'dtype': 'uint8'},
     'output': {'shape': ['b', data.num_classes], 'dtype': 'float32'},
-    # Done by the program, not with the weights: (images - mean) / std.
+    # The program contains it, the weights do not: (images - mean) / std.
     'normalization': {
       'inside_the_program': True,
       'mean': np.asarray(data.augmentation.mean, np.float64).tolist(),
@@ -235,7 +235,7 @@ def _describe(
     'versions': {
       'skipinit_jax': __version__,
       'jax': jax.__version__,
-      'jaxlib': jaxlib.__version__,
+      'jaxlib': jaxlib.version.__version__,
       'flax': flax.__version__,
     },
   }
@@ -256,7 +256,7 @@ def _compare(
     np.asarray(described['normalization'][name]) for name in ('mean', 'std')
   )
   pixels = Augmentation(described['classes'], mean, std)
-  weights = logits_of(*load(out, described), pixels)
+  weights = logits_of(*_load(out, described), pixels)
   errors = {PROGRAM: 0.0, WEIGHTS: 0.0}
   rng = np.random.default_rng(0)
   for size in BATCHES:
@@ -285,7 +285,7 @@ def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def main() -> None:
-  """Parses, exports, and ends in one line where that can't be."""
+  """Exports a run; ends with one line if the input is bad."""
   cli.interrupt_as_usual()
   parser = cli.Parser(
     prog='python -m skipinit_jax.export',
@@ -314,7 +314,7 @@ def main() -> None:
 
 
 def _summary(described: Mapping[str, Any], out: Path) -> str:
-  """The lines that the command ends with."""
+  """The last lines that the command prints."""
   folded, platforms = described['folded'], ', '.join(described['platforms'])
   gain = '' if folded['gain'] == 1 else f' and the gain {folded["gain"]:.4g}'
   errors = '\n'.join(

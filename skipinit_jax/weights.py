@@ -1,12 +1,10 @@
 """Weights as safetensors files: ours, and those of timm's `resnetv2_*`.
 
-A safetensors file holds named arrays and nothing that could be run. The names
-here are those of the tree, joined by dots, as in
-`params.stage1.block2.conv1.kernel`.
+A safetensors file holds named arrays and no code. The names here are those of
+the tree, joined by dots, as in `params.stage1.block2.conv1.kernel`.
 """
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,11 @@ from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import stack_blocks
 
 SEPARATOR = '.'
-# What safetensors can write, and read again as NumPy arrays.
+# The dtypes that safetensors can write, and read again as NumPy arrays.
 FLOATS = ('float64', 'float32', 'float16', 'bfloat16', 'complex64')
 INTEGERS = ('int64', 'int32', 'int16', 'int8')
 SAVED = (*FLOATS, 'bool', *INTEGERS, *(f'u{name}' for name in INTEGERS))
-# Of a list of names in an error.
-SHOWN = 3
+SHOWN = 3  # Names shown in an error message.
 # A buffer of torch's batch normalization, which evaluation does not read.
 COUNTER = 'num_batches_tracked'
 
@@ -93,7 +90,7 @@ def load_weights(
   """
   arrays = _read(path)
   if like is not None:
-    flat = flatten_dict(like, sep=SEPARATOR)
+    flat: dict[str, Any] = flatten_dict(like, sep=SEPARATOR)
     _compare(path, arrays, {name: (x.shape,) for name, x in flat.items()})
   return unflatten_dict(arrays, sep=SEPARATOR)
 
@@ -106,7 +103,7 @@ def load_timm(path: os.PathLike | str, model: ResNet) -> dict[str, Any]:
   symmetric_padding=True: the same blocks, with the stride on the first 3x3
   convolution, projections of the activated input, and epsilon.
 
-  What does not fit, and is refused: the -d and -t networks (deep stems, average
+  Refused, as they do not fit: the -d and -t networks (deep stems, average
   pooling), GroupNorm, EvoNorm and FRN, and BiT's `x1_bit` (GroupNorm,
   standardized kernels).
 
@@ -126,17 +123,17 @@ def load_timm(path: os.PathLike | str, model: ResNet) -> dict[str, Any]:
   """
   _check_network(model)
   images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
-  wanted = jax.eval_shape(
+  shapes = jax.eval_shape(
     lambda x: model.clone(scan=False).init(jax.random.key(0), x, train=False),
     images,
   )
-  wanted = flatten_dict(wanted)
+  wanted: dict[Any, Any] = flatten_dict(shapes)
   names = {path: _timm_name(path) for path in wanted}
   arrays = {k: v for k, v in _read(path).items() if not k.endswith(COUNTER)}
   if model.num_classes is None:
     arrays = {k: v for k, v in arrays.items() if not k.startswith('head.')}
-  shapes = {names[path]: _timm_shapes(leaf) for path, leaf in wanted.items()}
-  _compare(path, arrays, shapes)
+  allowed = {names[path]: _timm_shapes(leaf) for path, leaf in wanted.items()}
+  _compare(path, arrays, allowed)
   variables = unflatten_dict(
     {
       path: _from_torch(arrays[names[path]], leaf.shape)
@@ -147,7 +144,7 @@ def load_timm(path: os.PathLike | str, model: ResNet) -> dict[str, Any]:
 
 
 def _check_network(model: ResNet) -> None:
-  """Raises InputError for what timm's networks are not."""
+  """Raises InputError for a network that timm does not have."""
   method = resolve_method(model.method, model.alpha)
   if method != METHODS['batchnorm']:
     raise InputError(
@@ -189,16 +186,16 @@ def _timm_name(path: tuple[str, ...]) -> str:
   }
   parts = []
   for name in path[1:-1]:
-    kind, number = re.fullmatch(r'(\D+)(\d*)', name).groups()
-    if kind in ('conv', 'norm'):
-      parts.append(name)
-    else:
-      parts.append(modules[kind].format(int(number or 0) - 1))
+    stem = name.rstrip('0123456789')
+    number = int(name[len(stem) :] or 0)
+    parts.append(
+      name if stem in ('conv', 'norm') else modules[stem].format(number - 1)
+    )
   return '.'.join([*parts, leaves[path[-1]]])
 
 
 def _timm_shapes(leaf: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], ...]:
-  """The shapes that timm may have one of our leaves in."""
+  """The shapes that one of our leaves may have in timm."""
   if len(leaf.shape) == 4:  # Ours is height, width, in, out.
     return (tuple(leaf.shape[i] for i in (3, 2, 0, 1)),)
   if len(leaf.shape) == 2:  # timm's classifier is a 1x1 convolution.
@@ -233,7 +230,7 @@ def _compare(
 
   Args:
     path: for the message.
-    arrays: what a file holds.
+    arrays: of a file.
     shapes: expected name -> the shapes that it may have.
   """
   wrong = [

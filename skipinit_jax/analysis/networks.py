@@ -57,6 +57,7 @@ def trained(config: ConfigDict, workdir: Path, images: int = 360) -> Network:
 
 def _eval_images(data: Dataset, number: int) -> tuple[jax.Array, np.ndarray]:
   """The first images to evaluate on, normalized, and their labels."""
-  images, labels, mask = next(iter(data.eval_batches(number)))
+  batch: Any = next(iter(data.eval_batches(number)))
+  images, labels, mask = batch
   n = int(mask.sum())
   return data.augmentation.normalize(images[:n]), labels[:n]
