@@ -19,15 +19,17 @@ from skipinit_jax.files import dumps
 from skipinit_jax.training import changes, devices, train
 from skipinit_jax.training.checkpoints import Checkpoints
 from skipinit_jax.training.config import default_config
+from skipinit_jax.training.describe import describe
 from skipinit_jax.training.evaluate import evaluate
 from skipinit_jax.training.loop import evaluate_latest
 from skipinit_jax.training.metrics import read_metrics
 from skipinit_jax.training.program import make_program
 from skipinit_jax.training.resume import restore_or_create
 from skipinit_jax.training.saved import load_run
+from skipinit_jax.training.timetable import make_timetable
 from skipinit_jax.training.workdir import open_workdir, record_changes
 
-# Keys of issue 2.
+# Keys that a run must write.
 TRAIN_KEYS = {
   'step',
   'epoch',
@@ -343,6 +345,28 @@ def test_a_run_that_diverges_at_its_first_step_is_evaluated_too(tmp_path):
   assert (result['status'], result['steps']) == ('diverged', 0)
   assert result['eval']['step'] == 0
   assert result['eval']['top1'] == 0.0  # Logits that are not finite are wrong.
+
+
+@pytest.mark.parametrize(
+  ('method', 'batch', 'warned'),
+  [
+    ('skipinit', 2048, True),
+    ('skipinit', 8, False),
+    ('batchnorm', 2048, False),
+  ],
+)
+def test_large_batches_without_normalization_are_warned_of(
+  method, batch, warned, tmp_path
+):
+  config = recipe(model__method=method, batch_size=batch)
+  config.data.train_size = batch
+  data = open_dataset(config.data)
+  program = make_program(config, data)
+  state = program.initial_state(np.uint32(0), np.float32(0.1))
+  times = make_timetable(config, data.train_size)
+  text = describe(program, state, times, tmp_path)
+  # De & Smith 2020, table 3.
+  assert ('SkipInit + Biases 74.9 -> 70.8' in text) == warned
 
 
 def test_going_back_ends_as_diverged_after_the_limit(tmp_path, capsys):

@@ -4,12 +4,16 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from skipinit_jax import published
 from skipinit_jax.models.parameters import count_parameters
 from skipinit_jax.training.network import build_method
 from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.program import Program
 from skipinit_jax.training.step import TrainState
 from skipinit_jax.training.timetable import Timetable
+from skipinit_jax.variants import VARIANTS
+
+LARGE_BATCH = 2048
 
 
 def loops(config: ConfigDict) -> list[str]:
@@ -68,6 +72,8 @@ def describe(
     )
   if method.normalize:
     lines.append(f'batch statistics over: {_group(config)}')
+  elif config.batch_size >= LARGE_BATCH:
+    lines.append(_large_batch_note(config.batch_size))
   return '\n'.join(lines)
 
 
@@ -77,6 +83,17 @@ def _parameters(config: ConfigDict, state: TrainState) -> str:
     f'{label} {arrays} arrays of {elements:,}'
     + (' (decays)' if label in decaying else '')
     for label, (arrays, elements) in count_parameters(state.params).items()
+  )
+
+
+def _large_batch_note(batch_size: int) -> str:
+  changes = ', '.join(
+    f'{VARIANTS[row].label} {at[256].value} -> {at[4096].value}'
+    for row, at in published.IMAGENET.items()
+  )
+  return (
+    f'note: batches of {batch_size} without normalization. Top-1 % on ImageNet '
+    f'from batch 256 to 4096 ({published.IMAGENET_SOURCE}): {changes}'
   )
 
 
