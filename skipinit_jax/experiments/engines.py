@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments.grid import Run
@@ -50,7 +51,7 @@ def run_process(
     'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{memory:.3f}',
   }
   with open(Path(folder) / OUTPUT, 'w') as output:
-    process = subprocess.Popen(
+    process: Any = subprocess.Popen(
       command,
       env=environment,
       stdin=subprocess.PIPE,  # Its end tells the run to stop.

@@ -29,7 +29,8 @@ def cost(grid: Grid) -> dict[str, float]:
     and backward; cpu_seconds, a rough estimate for one CPU core; device_seconds
     at SUSTAINED_RATE.
   """
-  total = dict.fromkeys(('runs', 'images', 'flops', 'cpu_seconds'), 0.0)
+  names = ('runs', 'images', 'flops', 'cpu_seconds')
+  total: dict[str, float] = dict.fromkeys(names, 0.0)
   for cell in cells(grid):
     run = make_run(grid, cell, grid.rates[0], 0, TEST)
     runs = (len(grid.rates) + 1) * grid.seeds

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.grid import Cell
@@ -240,7 +240,7 @@ def _difference(summary: Summary, theirs: Accuracy | None) -> str:
 
 def _on_test(summary: Summary) -> str:
   """How a cell that does not train did on the test split."""
-  result = summary.result
+  result: Any = summary.result
   if result.diverged < result.runs:
     return f'test accuracy {percent(result.top1, result.error)}'
   return (

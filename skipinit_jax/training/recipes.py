@@ -5,7 +5,7 @@ import inspect
 import runpy
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def _reason(error: BaseException, file: str) -> str:
   return f'{where}{type(error).__name__}: {error}'
 
 
-def set_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
+def set_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
   """Sets fields by their dotted names; returns the same config.
 
   Raises:
