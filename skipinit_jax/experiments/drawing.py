@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -68,7 +69,8 @@ def plot(
     clip_on=False,
     **(plotting.line_style(column) | options),
   )
-  style = plotting.marked_style(column) | {'linestyle': 'none'} | options
+  style: dict[str, Any] = plotting.marked_style(column)
+  style = style | {'linestyle': 'none'} | options
   for good in (True, False):
     some = [p for p in points if p.good == good]
     if some:
@@ -106,7 +108,7 @@ def log_if_wide(axes: Axes) -> None:
     value
     for line in axes.lines
     if line.get_transform() == axes.transData
-    for value in line.get_ydata()
+    for value in np.asarray(line.get_ydata())
     if value > 0
   ]
   if not y:

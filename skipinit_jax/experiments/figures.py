@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.cm import ScalarMappable
@@ -133,7 +133,8 @@ def _accuracy(
 
 
 def _accuracy_point(grid: Grid, summary: Summary, chance: float) -> Point:
-  result, x = summary.result, row_position(grid, summary.cell)
+  result: Any = summary.result
+  x = row_position(grid, summary.cell)
   if result.diverged == result.runs:
     return Point(x, 100 * chance, good=False)
   error = 100 * result.error
@@ -200,8 +201,9 @@ def _optimal_rates(
   for column in grid.columns:
     best, stable, unstable = [], [], []
     for summary in _of_column(done, column):
-      x, rate = row_position(grid, summary.cell), summary.rate
-      low, high = summary.rates
+      rate: Any = summary.rate
+      rates: Any = summary.rates
+      x, (low, high) = row_position(grid, summary.cell), rates
       if summary.trains is False:
         best.append(Point(x, rate, good=False))
       else:
@@ -300,7 +302,8 @@ def _alphas(findings: Findings, cells: Sequence[Cell]) -> Iterator[_Sketch]:
   axes.axhline(0, color=plotting.INK, alpha=0.4, linewidth=0.8, zorder=0)
   axes.set(xlabel='epoch', ylabel='scalar alpha')
   bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, pad=0.02)
-  bar.solids.set_edgecolor('face')  # No seams between its steps.
+  steps: Any = bar.solids
+  steps.set_edgecolor('face')  # No seams between them.
   bar.set_label('block, from the input')
   bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
   bar.outline.set_visible(False)
