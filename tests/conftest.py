@@ -1,5 +1,6 @@
 """Four CPU devices, and numerics that forgive nothing."""
 
+import importlib
 import os
 
 # Before JAX is imported. TEST_DEVICES=1 runs everything on one.
@@ -11,5 +12,15 @@ os.environ['XLA_FLAGS'] = (
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """All tests of a file on one worker: what they share is made once."""
+  config.option.loadscopereorder = False  # Many tests are not a long time.
+  return importlib.import_module('xdist.scheduler').LoadFileScheduling(
+    config, log
+  )

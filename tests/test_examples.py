@@ -1,5 +1,6 @@
 """Every example runs; and the arithmetic of the private one."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,18 @@ from skipinit_jax.models import ResNet
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in ROOT.glob('examples/*.py'))
+# The others take a minute each; tests of exports, of the transformer and of
+# private steps run parts of theirs.
+QUICK = ('linen', 'nnx')
 
 
-@pytest.mark.parametrize('name', EXAMPLES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in EXAMPLES
+  ],
+)
 def test_examples_end_well(name):
   """As a reader starts them, in a short form where they have one."""
   text = (ROOT / 'examples' / f'{name}.py').read_text()
@@ -31,6 +41,11 @@ def test_examples_end_well(name):
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.strip()
+
+
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_examples_import_what_exists(name):
+  assert importlib.import_module(f'examples.{name}').__doc__
 
 
 # Per-example gradients.
