@@ -72,8 +72,8 @@ def logits(model, variables, deleted=None):
   return run(variables, jnp.asarray(deleted))
 
 
-def close(a, b, **kwargs):
-  np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, **kwargs)
+def close(a, b, rtol=1e-4, atol=1e-5, **kwargs):
+  np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, **kwargs)
 
 
 @pytest.mark.parametrize('method', METHODS)

@@ -414,10 +414,10 @@ def test_minus_one_is_in_no_top_k():
 
 
 @functools.cache
-def short_run(**averages):
+def short_run(ema_decay=0.7, **averages):
   config = recipe(
     model__method='skipinit',
-    ema_decay=0.7,
+    ema_decay=ema_decay,
     **averages,
     label_smoothing=0.2,
     optimizer__l2=0.01,

@@ -114,8 +114,8 @@ def cross_entropy(logits, labels):
   return (np.log(np.exp(logits).sum(-1)) - right).sum()
 
 
-def close(a, b, **kwargs):
-  np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, **kwargs)
+def close(a, b, rtol=2e-4, atol=2e-5, **kwargs):
+  np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, **kwargs)
 
 
 def largest(tree):
