@@ -44,7 +44,10 @@ def test_of_a_quadratic(values):
   assert found.error < 1e-3
 
 
-@pytest.mark.parametrize('method', ['skipinit', 'batchnorm', 'none'])
+@pytest.mark.parametrize(
+  'method',
+  ['skipinit', 'batchnorm', pytest.param('none', marks=pytest.mark.slow)],
+)
 def test_of_a_tiny_network(method):
   model = DenseResNet(2, 4, 3, method)
   x, labels = np.random.default_rng(0).standard_normal((2, 12, 3))

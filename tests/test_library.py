@@ -323,12 +323,19 @@ def reference(name):
   return params, x, jax.jit(outputs_and_gradient(module, options))(params, x)
 
 
-# The blocks hold the convolutions, the bottleneck stands for the networks.
+# The blocks hold the convolutions. The bottleneck stands for the networks, and
+# is slow: other tests run whole networks under pmap, scan and vmap.
 TRANSFORMED = ['skipinit', 'dense', 'block', 'fixup_block', 'bottleneck']
 
 
 @pytest.mark.parametrize('transform', TRANSFORMS)
-@pytest.mark.parametrize('name', TRANSFORMED)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow if name == 'bottleneck' else ())
+    for name in TRANSFORMED
+  ],
+)
 def test_a_transformation_changes_nothing(name, transform):
   with jax.enable_x64(True):
     params, x, expected = reference(name)

@@ -173,7 +173,10 @@ def test_signal_before_the_first_step_leaves_at_once(number, tmp_path):
   assert 'nothing to save' in err
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  'number',
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_signal_during_an_evaluation_puts_it_off(number, tmp_path):
   flags = (
     *TINY,

@@ -292,8 +292,17 @@ def test_runs_that_differ_in_rate_and_seed_share_a_program():
   assert text(optimizer__l2=0.1) != ours
 
 
-@pytest.mark.parametrize('method', ['skipinit', 'batchnorm', 'fixup'])
-@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize(
+  ('method', 'scan'),
+  [
+    ('skipinit', False),
+    ('batchnorm', True),
+    pytest.param('fixup', False, marks=pytest.mark.slow),
+    pytest.param('skipinit', True, marks=pytest.mark.slow),
+    pytest.param('batchnorm', False, marks=pytest.mark.slow),
+    pytest.param('fixup', True, marks=pytest.mark.slow),
+  ],
+)
 def test_watched_shares_are_those_of_a_capture_of_the_whole_batch(method, scan):
   config = recipe(
     model__method=method,
