@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax import nnx
 from runs import by_tpu_compiler
 
+from configs import imagenet
 from skipinit_jax import METHODS, SkipInit, SkipInitConv, SkipInitDense
 from skipinit_jax.models import DenseResNet, ResNet, WideResNet
 from skipinit_jax.models import nnx as skipinit_nnx
@@ -198,12 +199,5 @@ def test_a_tpu_adds_up_nothing_long_in_bfloat16():
 
 @pytest.mark.slow
 def test_a_tpu_adds_up_nothing_long_in_bfloat16_in_any_row():
-  rows = (
-    'batchnorm',
-    'fixup',
-    'skipinit',
-    'fixup_dropout',
-    'regularized_skipinit',
-    'batchnorm_dropout',
-  )
+  rows = imagenet.ROWS
   assert by_tpu_compiler(TPU, 64, 224, *rows) == {row: [] for row in rows}

@@ -148,18 +148,15 @@ INNER = """
 """
 
 
-def test_slices_and_updates_count_within_fusions_of_fusions():
-  assert (
-    hbm(
-      """
+FUSION = """
   %a = f32[8,1024]{1,0} parameter(0)
   %b = f32[8,1024]{1,0} parameter(1)
   %i = s32[]{:S(6)} parameter(2)
-  ROOT %f = f32[8,1024]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%fused""",
-      INNER,
-    )
-    == 2 * 4096
-  )
+  ROOT %f = f32[8,1024]{1,0} fusion(%a, %b, %i), kind=kLoop, calls="""
+
+
+def test_slices_and_updates_count_within_fusions_of_fusions():
+  assert hbm(FUSION + '%fused', INNER) == 2 * 4096
 
 
 OUTER = """
@@ -173,17 +170,7 @@ OUTER = """
 
 
 def test_an_update_by_a_fusion_in_a_fusion_counts_the_update():
-  assert (
-    hbm(
-      """
-  %a = f32[8,1024]{1,0} parameter(0)
-  %b = f32[8,1024]{1,0} parameter(1)
-  %i = s32[]{:S(6)} parameter(2)
-  ROOT %f = f32[8,1024]{1,0} fusion(%a, %b, %i), calls=%outer""",
-      INNER + OUTER,
-    )
-    == 2 * 4096
-  )
+  assert hbm(FUSION + '%outer', INNER + OUTER) == 2 * 4096
 
 
 def test_a_fusion_reads_the_whole_of_what_it_also_uses_whole():
@@ -192,17 +179,7 @@ def test_a_fusion_reads_the_whole_of_what_it_also_uses_whole():
     '%sum = f32[1,1024]{1,0} reduce(%from, %row), dimensions={0}\n'
     '  %update = f32[1,1024]{1,0} add(%sum, %row)',
   )
-  assert (
-    hbm(
-      """
-  %a = f32[8,1024]{1,0} parameter(0)
-  %b = f32[8,1024]{1,0} parameter(1)
-  %i = s32[]{:S(6)} parameter(2)
-  ROOT %f = f32[8,1024]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%fused""",
-      text,
-    )
-    == 9 * 4096
-  )
+  assert hbm(FUSION + '%fused', text) == 9 * 4096
 
 
 @pytest.mark.parametrize(

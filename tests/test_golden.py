@@ -12,27 +12,20 @@ from pathlib import Path
 import pytest
 from flax.traverse_util import flatten_dict
 
+from configs import imagenet
 from skipinit_jax.training.network import build_method
 from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests' / 'golden'
-IMAGENET = (
-  'batchnorm',
-  'fixup',
-  'skipinit',
-  'fixup_dropout',
-  'regularized_skipinit',
-  'batchnorm_dropout',
-)
 RECIPES = (
   'digits',
   'cifar10',
   'cifar100',
   'synthetic',
   'imagenet',
-  *(f'imagenet:{row}' for row in IMAGENET),
+  *(f'imagenet:{row}' for row in imagenet.ROWS),
   'imagenet:regularized_skipinit,batch=4096',
 )
 
