@@ -8,54 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 
 from skipinit_jax.analysis import lesions
 from skipinit_jax.analysis.paths import changed_joins, find_blocks
 from skipinit_jax.errors import InputError
-from skipinit_jax.models import Join, ResNet, stack_blocks
+from skipinit_jax.models import Join, stack_blocks
 
 SHAPE = (12, 8, 8, 2)
 METHODS = ('batchnorm', 'skipinit', 'fixup', 'divide_sqrt2')
 
 
-def network(method='skipinit', **fields):
-  """Stages of 3 and 2 blocks; the fourth block changes the shape."""
-  init = nn.initializers.he_normal()
-  return ResNet(
-    (3, 2),
-    num_classes=5,
-    features=4,
-    stem_features=4,
-    method=method,
-    small_images=True,
-    classifier_init=init,
-    **fields,
-  )
-
-
-def data(seed=0):
-  rng = np.random.default_rng(seed)
-  images = jnp.asarray(rng.standard_normal(SHAPE), jnp.float32)
-  return images, jnp.asarray(rng.integers(0, 5, SHAPE[0]))
-
-
-def randomize(model, seed=0):
-  rng = np.random.default_rng(seed)
-  init = functools.partial(model.init, train=False)
-  shapes = jax.eval_shape(init, jax.random.key(0), data()[0])
-
-  def draw(path, leaf):
-    value = 0.4 * rng.standard_normal(leaf.shape)
-    if path[-1].key in ('var', 'scale', 'alpha'):
-      value = 0.5 + np.abs(value)
-    return jnp.asarray(value, leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(draw, shapes)
+network = functools.partial(toys.small_resnet, (3, 2))
+data = functools.partial(toys.batch, SHAPE)
 
 
 @functools.cache
 def case(method):
-  model, variables = network(method), randomize(network(method))
+  model, variables = network(method), toys.randomize(network(method), SHAPE)
   return model, variables, find_blocks(model, variables, data()[0])
 
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toys
 
 from skipinit_jax.analysis import paths
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
   METHODS,
   Join,
-  ResNet,
   SkipInitDense,
   stack_blocks,
 )
@@ -25,41 +25,8 @@ from skipinit_jax.models.dense import DenseResNet
 SHAPE = (4, 8, 8, 2)
 
 
-def network(method='none', **fields):
-  """n = 4 blocks, of which one projects."""
-  init = nn.initializers.he_normal()
-  return ResNet(
-    (3, 1),
-    num_classes=5,
-    features=4,
-    stem_features=4,
-    method=method,
-    small_images=True,
-    classifier_init=init,
-    **fields,
-  )
-
-
-def data(seed=0):
-  rng = np.random.default_rng(seed)
-  images = jnp.asarray(rng.standard_normal(SHAPE), jnp.float32)
-  return images, jnp.asarray(rng.integers(0, 5, SHAPE[0]))
-
-
-def randomize(model, images, seed=0):
-  """Values that leave no branch at zero."""
-  rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(
-    functools.partial(model.init, train=False), jax.random.key(0), images
-  )
-
-  def draw(path, leaf):
-    value = 0.4 * rng.standard_normal(leaf.shape)
-    if path[-1].key in ('var', 'scale', 'alpha'):
-      value = 0.5 + np.abs(value)
-    return jnp.asarray(value, leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(draw, shapes)
+network = functools.partial(toys.small_resnet, (3, 1))  # One block projects.
+data = functools.partial(toys.batch, SHAPE)
 
 
 def full_gradient(model, variables, images, labels, train=True):
@@ -86,7 +53,7 @@ def largest(tree):
 def enumerated(method):
   """All 16 paths: the selections, and the gradients of each."""
   model, (images, labels) = network(method), data()
-  variables = randomize(model, images)
+  variables = toys.randomize(model, SHAPE)
   blocks, gradient = paths.path_gradients(model, variables, images, labels)
   assert len(blocks) == 4
   every = [(s, gradient(jnp.asarray(s))) for s in selections(4)]
@@ -195,7 +162,7 @@ def test_a_linear_network_against_its_matrices():
     3, 1, num_classes=2, method='none', activation='linear', branch_layers=1
   )
   images, labels = jnp.ones((1, 1)), jnp.array([0])
-  variables = randomize(model, images)
+  variables = toys.randomize(model, images.shape)
   params = variables['params']
   result = paths.measure(model, variables, images, labels, samples=40, seed=3)
   w = [
@@ -212,7 +179,7 @@ def test_a_linear_network_against_its_matrices():
 
 def test_gain_and_scan_are_those_of_the_network():
   model, (images, labels) = network('divide_sqrt2'), data()
-  variables = randomize(model, images)
+  variables = toys.randomize(model, SHAPE)
   options = {'samples': 2, 'train': True}
   plain = paths.measure(model, variables, images, labels, **options)
   scanned = paths.measure(
@@ -240,7 +207,7 @@ class Custom(nn.Module):
 class Scanned(nn.Module):
   @nn.compact
   def __call__(self, x, *, train):
-    return network(scan=True)(x, train=train)
+    return network('none', scan=True)(x, train=train)
 
 
 def test_what_has_no_paths_is_refused():
@@ -248,7 +215,7 @@ def test_what_has_no_paths_is_refused():
   for model, words in (
     (Custom(shared=True), 'called 2 times'),
     (Scanned(), 'scan=False'),
-    (network(skip=False), 'no block that ends in Join'),
+    (network('none', skip=False), 'no block that ends in Join'),
   ):
     variables = model.init(jax.random.key(0), images, train=False)
     with pytest.raises(InputError, match=words):

@@ -2,9 +2,12 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from skipinit_jax.models import ResNet
 
 
 def normal(shape, seed=0, dtype='float32'):
@@ -45,3 +48,24 @@ def flatten(tree):
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
     for path, leaf in flat
   }
+
+
+def small_resnet(stage_sizes, method, **fields):
+  """A network for 5 classes; each stage but the first begins by projecting."""
+  return ResNet(
+    stage_sizes,
+    num_classes=5,
+    features=4,
+    stem_features=4,
+    method=method,
+    small_images=True,
+    classifier_init=nn.initializers.he_normal(),
+    **fields,
+  )
+
+
+def batch(shape, seed=0):
+  """Images of this shape, with labels from 0 to 4."""
+  rng = np.random.default_rng(seed)
+  images = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  return images, jnp.asarray(rng.integers(0, 5, shape[0]))
