@@ -397,6 +397,12 @@ def test_flops_of_deep_networks_lie_on_the_line_of_shallow_ones():
   assert line == steps[2] + 3 * (steps[2] - steps[1])
 
 
+@pytest.mark.parametrize('study', STUDIES)
+def test_runs_that_cells_share_are_priced_once(study):
+  grid = STUDIES[study].grids['digits']
+  assert estimate.cost(grid)['runs'] == total_runs(grid)
+
+
 def test_cost_adds_up_over_the_grid():
   grid = tiny()
   got = estimate.cost(grid)

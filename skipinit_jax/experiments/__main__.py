@@ -21,8 +21,7 @@ from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments import engines
 from skipinit_jax.experiments.estimate import SUSTAINED_RATE, cost
-from skipinit_jax.experiments.grid import cells
-from skipinit_jax.experiments.report import write_report
+from skipinit_jax.experiments.grid import TEST, VALIDATION, cells
 from skipinit_jax.experiments.runner import (
   Results,
   open_study,
@@ -30,8 +29,6 @@ from skipinit_jax.experiments.runner import (
   run_study,
 )
 from skipinit_jax.experiments.selection import (
-  TEST,
-  VALIDATION,
   known_runs,
   runs_at,
   total_runs,
@@ -45,6 +42,7 @@ from skipinit_jax.experiments.studies import (
 )
 from skipinit_jax.experiments.words import duration
 from skipinit_jax.training.checks import check_config
+from skipinit_jax.training.lines import METRICS
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import load_recipe, parse_fields
 from skipinit_jax.training.signals import handled_signals
@@ -166,6 +164,9 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
 def report(args: argparse.Namespace, texts: Texts) -> None:
   """Writes report.html and report.md in the study's folder."""
   study, grid, workdir = opened(args, texts)
+  # Here, since drawing takes a second to import.
+  from skipinit_jax.experiments.report import write_report
+
   print(write_report(study, grid, args.dataset, workdir))
 
 
@@ -175,7 +176,7 @@ def status(args: argparse.Namespace, texts: Texts) -> None:
   results = Results(workdir)
   known = known_runs(grid, results)
   left = [run for run in known if results(run) is None]
-  begun = [r for r in left if (r.folder(workdir) / 'metrics.jsonl').exists()]
+  begun = [r for r in left if (r.folder(workdir) / METRICS).exists()]
   print(
     f'{len(known) - len(left)} of {total_runs(grid)} runs done, '
     f'{len(begun)} begun'

@@ -31,11 +31,11 @@ def cost(grid: Grid) -> dict[str, float]:
   """
   names = ('runs', 'images', 'flops', 'cpu_seconds')
   total: dict[str, float] = dict.fromkeys(names, 0.0)
-  for cell in cells(grid):
-    run = make_run(grid, cell, grid.rates[0], 0, TEST)
-    runs = (len(grid.rates) + 1) * grid.seeds
+  runs = [make_run(grid, cell, grid.rates[0], 0, TEST) for cell in cells(grid)]
+  each = (len(grid.rates) + 1) * grid.seeds
+  for run in {run.id: run for run in runs}.values():  # Cells may share theirs.
     for name, value in run_cost(run).items():
-      total[name] += runs * value
+      total[name] += each * value
   return total | {'device_seconds': total['flops'] / SUSTAINED_RATE}
 
 

@@ -1,6 +1,5 @@
 """How a report's numbers came about, in sentences."""
 
-import json
 from collections.abc import Iterator
 
 from skipinit_jax.experiments.findings import Findings
@@ -94,16 +93,8 @@ def _seeds(grid: Grid) -> str:
 
 def _provenance(findings: Findings) -> Iterator[tuple[str, str]]:
   """The devices, revisions and versions that the runs name."""
-  named: dict[str, dict[str, None]] = {}
-  for run in findings.outcomes:
-    path = findings.workdir / 'runs' / run / 'result.json'
-    result = json.loads(path.read_text())
-    versions = (result.get('versions') or {}).items()
-    for name, value in (
-      ('Device', result.get('device')),
-      ('Revision', result.get('revision')),
-      ('Versions', ', '.join(f'{k} {v}' for k, v in versions)),
-    ):
-      named.setdefault(name, {})[str(value or 'unknown')] = None
-  for name, values in named.items():
-    yield name, '; '.join(values)
+  outcomes = findings.outcomes.values()
+  for name in ('device', 'revision', 'versions'):
+    values = dict.fromkeys(getattr(outcome, name) for outcome in outcomes)
+    if values:
+      yield name.capitalize(), '; '.join(values)

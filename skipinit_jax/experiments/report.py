@@ -1,5 +1,6 @@
 """A study's report: a page that needs nothing but itself, and Markdown."""
 
+import importlib.resources
 import itertools
 import re
 from pathlib import Path
@@ -97,6 +98,9 @@ def _environment(**options: Any) -> jinja2.Environment:
 def _html() -> jinja2.Environment:
   """Escapes all that is not Markup."""
   environment = _environment(autoescape=True)
+  folder = importlib.resources.files(__package__) / 'templates'
+  css = (folder / 'report.css').read_text('utf-8')
+  environment.globals['css'] = Markup(css)  # Braces in it are no template.
   environment.filters['sup'] = _with_superscripts
   environment.filters['described'] = _described
   return environment

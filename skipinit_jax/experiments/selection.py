@@ -32,6 +32,7 @@ class Outcome:
     eval_size: number of those images.
     seconds: run time.
     steps: number of training steps.
+    device, revision, versions: what it ran on, as text.
   """
 
   status: str
@@ -42,6 +43,9 @@ class Outcome:
   eval_size: int
   seconds: float
   steps: int
+  device: str = 'unknown'
+  revision: str = 'unknown'
+  versions: str = 'unknown'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,7 @@ def read_outcome(folder: Path) -> Outcome | None:
   try:
     result = json.loads(path.read_text())
     diverged = result['status'] == 'diverged'
+    versions = (result.get('versions') or {}).items()
     return Outcome(
       status=result['status'],
       top1=0.0 if diverged else float(result['eval']['top1']),
@@ -115,8 +120,11 @@ def read_outcome(folder: Path) -> Outcome | None:
       eval_size=result['eval_size'],
       seconds=result['seconds'],
       steps=result['steps'],
+      device=str(result.get('device') or 'unknown'),
+      revision=str(result.get('revision') or 'unknown'),
+      versions=', '.join(f'{k} {v}' for k, v in versions) or 'unknown',
     )
-  except (KeyError, OSError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
     raise ValueError(f'{path}: {error!r}') from None
 
 

@@ -272,7 +272,9 @@ BATCH_SIZE = Study(
       rates=(-9, -7, -5, -4, -3, -2, -1, 0, 1),
       seeds=15,
       best=12,
-      choices=f'{CIFAR_CHOICES} As many steps as 200 epochs of batch 128.',
+      choices='Our choices: 200 epochs, or as many steps as 200 epochs of '
+      'batch 128; ghost batches of at most 64, L2 on kernels only, rates '
+      'chosen on 5,000 held out training images.',
     ),
   },
   rates_curve=True,
@@ -304,7 +306,7 @@ IMAGENET = Study(
       choices='Our choices: rates of 2^-1, 2^0 and 2^1 times 0.1 per 256 '
       'images (the paper tuned each row), chosen on 10,000 held out images; '
       'Dropout 0.25, no label smoothing, L2 on kernels only, ghost batches of '
-      f'64. {FIXUP_RATE} The last row is ours.',
+      f'64. {FIXUP_RATE} The last two columns are ours.',
     ),
   },
   published=published.IMAGENET,
