@@ -97,10 +97,12 @@ class Parser(argparse.ArgumentParser):
       name, equals, _ = argument.partition('=')
       if self._fields and argument.startswith(FIELD) and equals:
         continue
-      flags = [f for f in self._option_string_actions if f != '--help']
-      hint = nearest(name, flags) if name.startswith('--') else ''
-      if self._fields and not hint:
-        hint = f'; fields are set as in {FIELD}epochs=2'
+      hint = ''
+      if name.startswith('--') and not name.startswith(FIELD):
+        flags = [f for f in self._option_string_actions if f != '--help']
+        hint = nearest(name, flags)
+      if self._fields:
+        hint += f'; fields are set as in {FIELD}epochs=2'
       self.error(f'unexpected argument {argument!r}{hint}')
     return known, rest
 
@@ -170,13 +172,15 @@ def interrupt_as_usual() -> None:
 
 
 def _is_command(argv: list[str], orig_argv: list[str]) -> bool:
-  """Whether Python is starting `train.py` or `-m skipinit_jax...`."""
+  """Whether Python is starting a command of ours: a file, or `-m`."""
   if argv[:1] == ['-m']:  # While Python looks for the module.
     module = orig_argv[orig_argv.index('-m') + 1] if '-m' in orig_argv else ''
     return module.split('.')[0] == 'skipinit_jax'
   # A spawned child has its parent's argv.
   if not argv or argv[0] not in orig_argv:
     return False
+  if Path(argv[0]).name == 'skipinit-jax':  # In the folder of scripts.
+    return True
   train = Path(__file__).parents[1] / 'train.py'
   return os.path.realpath(argv[0]) == os.path.realpath(train)
 

@@ -79,7 +79,9 @@ def read_bytes(path: epath.PathLike) -> bytes | None:
     except OSError as error:
       if error.errno == errno.ELOOP:
         raise RunError(f'{path} can not be read: {error.strerror}') from None
-      raise OSError(error.errno, error.strerror, str(path)) from None
+      # Clients of object stores give a message alone.
+      reason = error.strerror or str(error) or type(error).__name__
+      raise OSError(error.errno, reason, str(path)) from None
 
   return retry(read)
 
@@ -100,21 +102,19 @@ def retry(
     RunError: it still can't be read; one line with the file and the reason.
   """
   pauses = PAUSES if pauses is None else pauses
-  for pause in pauses:
+  for tries, pause in enumerate((*pauses, None), 1):
     try:
       return read()
     except OSError as error:
+      if pause is None:
+        raise RunError(f'{_describe(error)} (tried {tries} times)') from None
       line = f'{_describe(error)}; trying again in {pause:g} s'
       if say:
         say(line)
       else:
         print(line, file=sys.stderr)
       time.sleep(pause)
-  try:
-    return read()
-  except OSError as error:
-    tries = len(pauses) + 1
-    raise RunError(f'{_describe(error)} (tried {tries} times)') from None
+  raise AssertionError('unreachable')
 
 
 def _describe(error: OSError) -> str:

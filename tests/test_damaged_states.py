@@ -656,3 +656,16 @@ def test_a_changed_rate_and_seed_take_effect(done, tmp_path):
     ('optimizer.learning_rate', 6),
     ('seed', 6),
   ]
+
+
+def test_errors_of_stores_keep_their_reason(monkeypatch, tmp_path):
+  """Clients of object stores raise OSErrors with a message and no number."""
+
+  def refuse(path):
+    raise OSError('Forbidden: no access to the bucket')
+
+  monkeypatch.setattr(files.epath.Path, 'read_bytes', refuse, raising=False)
+  monkeypatch.setattr(type(files.epath.Path(tmp_path)), 'read_bytes', refuse)
+  (tmp_path / 'config.json').touch()
+  with pytest.raises(RunError, match=r'config\.json: Forbidden: no access'):
+    files.read_bytes(tmp_path / 'config.json')

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from types import MappingProxyType
 
 import flax.linen as nn
 import jax
@@ -306,3 +307,11 @@ def test_what_does_not_fold():
     fold(nn.Dense(3), {})
   with pytest.raises(InputError, match="'body/scale' has an alpha and no kern"):
     fold_params({'body': {'scale': {'alpha': np.float32(1)}}})
+
+
+def test_mappings_of_any_kind_are_folded():
+  layer = {'alpha': np.float32(0.5), 'kernel': np.ones((1, 2))}
+  params = MappingProxyType({'conv2': MappingProxyType(layer)})
+  np.testing.assert_equal(
+    fold_params(params), {'conv2': {'kernel': np.full((1, 2), 0.5)}}
+  )

@@ -389,6 +389,11 @@ def test_measures_and_draws(tmp_path):
   assert lines[2].startswith('| 10 | 3 | ')
   assert ' | 0.00 (0.00) | ' in lines[2]
   files = propagation.draw(measured, tmp_path)
+  share = tmp_path / 'share.svg'
+  assert share.read_text().count('(share 0)') == 1  # SkipInit at 0.
+  measured[10]['skipinit']['share'] += 0.5  # As after training.
+  propagation.draw(measured, tmp_path)
+  assert '(share 0)' not in share.read_text()
   assert {f.name for f in files} == {
     f'{name}.{kind}'
     for name in ('variance-depth-10', 'share', 'path-lengths')

@@ -30,10 +30,11 @@ pytest.importorskip('simplejpeg')
 pytest.importorskip('tensorflow_datasets')
 
 from skipinit_jax import files
-from skipinit_jax.data import open_dataset, reading
+from skipinit_jax.data import check, open_dataset, reading
 from skipinit_jax.data.__main__ import main
 from skipinit_jax.data.extras import require
 from skipinit_jax.data.sources import open_source
+from skipinit_jax.data.tfds import find_prepared
 from skipinit_jax.errors import InputError, RunError
 
 TRAIN, EVAL = 43, 26
@@ -382,3 +383,30 @@ def test_the_package_imports_without_the_readers():
     import skipinit_jax.data
   """)
   assert done.returncode == 0, done.stderr
+
+
+def test_versions_and_configurations_of_a_set_are_found(tmp_path):
+  for place in ('plain/1.9.0', 'plain/1.10.0', 'one/a/1.0.0', 'two/a/1.0.0'):
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / 'dataset_info.json').touch()
+  assert find_prepared('plain', tmp_path) == tmp_path / 'plain/1.10.0'
+  assert find_prepared('one', tmp_path) == tmp_path / 'one/a/1.0.0'
+  (tmp_path / 'two/b/1.0.0').mkdir(parents=True)
+  (tmp_path / 'two/b/1.0.0/dataset_info.json').touch()
+  with pytest.raises(InputError, match=r'two has several configurations; .*b'):
+    find_prepared('two', tmp_path)
+
+
+def test_one_worker_checks_one_chunk_after_another():
+  threads = []
+
+  class Here:
+    records, split = range(3 * 256), 'train'
+
+    def __call__(self, indices):
+      threads.append(threading.current_thread())
+      return [], [], set(indices)
+
+  _, _, seen = check.check_all(Here(), 1)
+  assert seen == {*range(3 * 256)}
+  assert threads == 3 * [threading.main_thread()]

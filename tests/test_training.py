@@ -245,6 +245,20 @@ def test_looking_at_a_run_changes_nothing_even_if_its_newest_is_damaged(
   assert listing(workdir) == before
 
 
+def test_a_checkpoint_that_is_not_whole_is_not_evaluated(done, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(done[1], workdir)
+  shutil.rmtree(workdir / 'checkpoints')
+  (workdir / 'checkpoints').mkdir()
+  (workdir / 'checkpoints' / '5').touch()
+  for look in (
+    lambda: evaluate_latest(done[0], workdir),
+    lambda: load_run(workdir),
+  ):
+    with pytest.raises(InputError, match='holds no checkpoint'):
+      look()
+
+
 def test_evaluation_needs_a_checkpoint(tmp_path):
   with pytest.raises(InputError, match='holds no checkpoint'):
     evaluate_latest(recipe(), tmp_path / 'nothing')

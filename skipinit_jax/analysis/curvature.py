@@ -94,11 +94,11 @@ def largest_eigenvalue(
       maxiter=RESTARTS,
       tol=tolerance,  # pyright: ignore[reportArgumentType]
     )
+    residual = product(vectors[:, 0]) - value * vectors[:, 0]
   except FloatingPointError:
     return Eigenvalue(math.inf, math.inf)
   except ArpackError:
     return Eigenvalue(math.nan, math.inf)
-  residual = product(vectors[:, 0]) - value * vectors[:, 0]
   return Eigenvalue(float(value), float(np.linalg.norm(residual)))
 
 

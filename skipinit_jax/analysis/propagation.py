@@ -316,8 +316,13 @@ def _draw_shares(measured: Measured, out: Path) -> list[Path]:
         axes.plot(blocks, theory, **THEORY, zorder=3)
     plotting.log_axis(axes)
   handles, labels = _handles(measured)
-  if 'SkipInit 0' in labels:
-    labels[labels.index('SkipInit 0')] += ' (share 0)'
+  shares = [
+    captured['share'] for captured in next(iter(measured.values())).values()
+  ]
+  labels = [
+    label if share.any() else f'{label} (share 0)'
+    for label, share in zip(labels, shares, strict=True)
+  ]
   handles.append(plotting.handle(**THEORY))
   plotting.legend(figure, handles, [*labels, 'theory'], columns=2)
   return plotting.save(figure, out, 'share')

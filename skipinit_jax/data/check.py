@@ -52,7 +52,7 @@ def check(name: str, folder: Path, workers: int = 0) -> Iterator[str]:
       num_classes=len(source.classes) if labelled else None,
       label_of=imagenet.label_of if name == imagenet.NAME else None,
     )
-    broken, fallback, labels = _check_all(
+    broken, fallback, labels = check_all(
       check_chunk, workers or os.cpu_count() or 1
     )
     print(
@@ -73,7 +73,7 @@ def check(name: str, folder: Path, workers: int = 0) -> Iterator[str]:
     yield from imagenet.wrong_sizes(sizes)
 
 
-def _check_all(check_chunk: '_Checker', workers: int) -> Findings:
+def check_all(check_chunk: '_Checker', workers: int) -> Findings:
   """Checks all records, in as many processes; one: in this one."""
   size = len(check_chunk.records)
   dataset = (
@@ -84,7 +84,9 @@ def _check_all(check_chunk: '_Checker', workers: int) -> Findings:
   )
   found: Findings = [], [], set()
   workers = min(workers, len(dataset))
-  parts = iterate(dataset, 0 if workers == 1 else workers)
+  parts = (dataset[i] for i in range(len(dataset)))
+  if workers > 1:
+    parts = iterate(dataset, workers)
   with tqdm(total=size, desc=check_chunk.split, unit='image') as progress:
     for broken, fallback, labels in parts:
       found[0].extend(broken)

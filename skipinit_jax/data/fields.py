@@ -93,6 +93,16 @@ def _accepts(value: Any, kind: type, low: float, high: float) -> bool:
   )
 
 
+def check_validation(config: ConfigDict, size: int) -> None:
+  """Raises InputError if no image of a training split would be left."""
+  count = config.validation
+  if not 0 < count < size:
+    raise InputError(
+      f'data.validation={count}: expected fewer than the {size} images of '
+      f"{config.name}'s training split"
+    )
+
+
 def hold_out(config: ConfigDict, size: int) -> tuple[np.ndarray, np.ndarray]:
   """Draws the `data.validation` training images to evaluate on.
 
@@ -107,11 +117,7 @@ def hold_out(config: ConfigDict, size: int) -> tuple[np.ndarray, np.ndarray]:
   Raises:
     InputError: none would be left to train on.
   """
+  check_validation(config, size)
   count = config.validation
-  if not 0 < count < size:
-    raise InputError(
-      f'data.validation={count}: expected fewer than the {size} images of '
-      f"{config.name}'s training split"
-    )
   order = np.random.default_rng(0).permutation(size)
   return order[count:], order[:count]

@@ -103,7 +103,10 @@ def _load(cache: Path) -> tuple[np.ndarray, np.ndarray] | None:
   """Decoded images and labels; None, and the file set aside, if damaged."""
   try:
     with cache.open('rb') as file, np.load(file) as arrays:
-      return arrays['images'], arrays['labels']  # With checksums, by zipfile.
+      # numpy stops before the checksum where a damaged header says less.
+      if damaged := arrays.zip.testzip():
+        raise ValueError(f'{damaged} has another checksum')
+      return arrays['images'], arrays['labels']
   except Exception as error:
     # numpy and zipfile raise errors of many types for a damaged file: EINVAL
     # where its directory points to a place before the file.

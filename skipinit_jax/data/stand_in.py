@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.data.augment import make_augmentation
 from skipinit_jax.data.dataset import Dataset
-from skipinit_jax.data.fields import check_fields, hold_out
+from skipinit_jax.data.fields import check_fields, check_validation
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.data.stream import Stream
 from skipinit_jax.errors import InputError
@@ -34,7 +34,9 @@ class _NoRecords:
 
 
 def stand_in(config: ConfigDict) -> Dataset:
-  """Makes the data set of a recipe's `data`, with black images; reads nothing.
+  """Makes the data set of a recipe's `data` with its sizes; reads no image.
+
+  All that computes with shapes works; images, labels and `chance` are made up.
 
   Raises:
     InputError: the recipe does not say how large its data set is.
@@ -58,7 +60,8 @@ def stand_in(config: ConfigDict) -> Dataset:
       f'for one of {", ".join(SIZES)}, or for synthetic with its sizes'
     )
   if config.validation:
-    train_size, eval_size = map(len, hold_out(config, train_size))
+    check_validation(config, train_size)
+    train_size, eval_size = train_size - config.validation, config.validation
   augment = make_augmentation(
     config, classes, shape, *np.full((2, shape[-1]), 127.5)
   )

@@ -121,15 +121,22 @@ def find_prepared(name: str, folder: Path) -> Path:
     name, folder: as in `open_tfds`.
 
   Raises:
-    InputError: there is none; the line names the command that makes it.
+    InputError: there is none, or one for each of several configurations; the
+      line names the command that makes it, or the folders.
   """
   if (folder / INFO).is_file():
     return folder
   versions = [
     path.parent
-    for path in folder.glob(f'{name}/*/{INFO}')
+    for depth in ('*', '*/*')  # A version, or a configuration's version.
+    for path in folder.glob(f'{name}/{depth}/{INFO}')
     if re.fullmatch(r'\d+\.\d+\.\d+', path.parent.name)
   ]
+  if len({path.parent for path in versions}) > 1:
+    raise InputError(
+      f'{folder / name} has several configurations; give one as data.dir: '
+      f'{", ".join(sorted(map(str, versions)))}'
+    )
   if versions:
     return max(versions, key=lambda p: [int(n) for n in p.name.split('.')])
   raise InputError(

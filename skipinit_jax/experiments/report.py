@@ -98,7 +98,7 @@ def _environment(**options: Any) -> jinja2.Environment:
 def _html() -> jinja2.Environment:
   """Escapes all that is not Markup."""
   environment = _environment(autoescape=True)
-  folder = importlib.resources.files(__package__) / 'templates'
+  folder = importlib.resources.files('skipinit_jax.experiments') / 'templates'
   css = (folder / 'report.css').read_text('utf-8')
   environment.globals['css'] = Markup(css)  # Braces in it are no template.
   environment.filters['sup'] = _with_superscripts

@@ -97,7 +97,7 @@ def fold_params(params: Mapping[str, Any]) -> dict[str, Any]:
   >>> fold_params({'conv2': layer})
   {'conv2': {'kernel': array([[0.5, 0.5]])}}
   """
-  leaves: dict[Any, Any] = flatten_dict(params, keep_empty_nodes=True)
+  leaves: dict[Any, Any] = flatten_dict(_dicts(params), keep_empty_nodes=True)
   for *layer, name in [path for path in leaves if path[-1] == 'alpha']:
     if (*layer, 'kernel') not in leaves:
       raise InputError(
@@ -111,6 +111,13 @@ def fold_params(params: Mapping[str, Any]) -> dict[str, Any]:
         factor = alpha.reshape(alpha.shape + (1,) * axes)
         leaves[path] = _times(leaves[path], factor)
   return unflatten_dict(leaves)
+
+
+def _dicts(tree: Any) -> Any:
+  """Mappings of any kind as dicts, which `flatten_dict` looks into."""
+  if not isinstance(tree, Mapping):
+    return tree
+  return {name: _dicts(value) for name, value in tree.items()}
 
 
 def _fold_gain(params: dict[str, Any], gain: float) -> dict[str, Any]:

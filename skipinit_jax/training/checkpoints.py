@@ -12,7 +12,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
@@ -21,6 +20,7 @@ from skipinit_jax.files import retry
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
 from skipinit_jax.training.devices import replicate
 from skipinit_jax.training.origin import check_origin, run_fields
+from skipinit_jax.training.processes import wait_for_all
 from skipinit_jax.training.reasons import errors_as, first_line, of_system
 from skipinit_jax.training.step import TrainState
 
@@ -265,8 +265,7 @@ class Checkpoints:
       if aside.exists():
         aside.rmtree()
       (self._folder / str(step)).rename(aside)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f'{aside.name} is set aside')
+    wait_for_all(f'{aside.name} is set aside')
     self._open()
 
 

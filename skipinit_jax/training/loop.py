@@ -71,7 +71,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     if result is not None and not any(c['step'] == math.inf for c in changes):
       return result
 
-    at_end.enter_context(_errors_in_one_line(workdir, check_held))
+    at_end.enter_context(_errors_with_files(workdir, check_held))
     devices.set_compilation_cache(config.compilation_cache)
     request = at_end.enter_context(StopRequest(say))
     checkpoints = at_end.enter_context(Checkpoints(workdir, config, say))
@@ -259,7 +259,7 @@ def _open_reporter(
 
 
 @contextlib.contextmanager
-def _errors_in_one_line(
+def _errors_with_files(
   workdir: epath.Path, check_held: Callable[[], None]
 ) -> Iterator[None]:
   """Turns errors of the system into RunErrors that name a file."""
@@ -296,5 +296,7 @@ def evaluate_latest(
   program = _open_program(config)
   devices.set_compilation_cache(config.compilation_cache)
   with Checkpoints(workdir, config, say, read_only=True) as checkpoints:
+    if not checkpoints.steps():  # Only one that is not whole.
+      raise InputError(f'{workdir} holds no checkpoint')
     step, state = resume.restore_or_create(program, checkpoints)
   return {'step': step, **evaluate(program, state)}

@@ -10,7 +10,12 @@ from flax.traverse_util import flatten_dict
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.files import DamagedFile, dumps
-from skipinit_jax.training.changes import FREE, read_config
+from skipinit_jax.training.changes import (
+  FREE,
+  describe_changes,
+  differences,
+  read_config,
+)
 
 
 def run_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,16 +58,13 @@ def check_origin(
     return
   # Values that fields of this run once had.
   before = [(change['field'], change['old']) for change in changes]
-  ours, theirs = run_fields(ours), run_fields(saved['fields'])
   changed = [
-    f'{name}={theirs.get(name)!r} there, {ours.get(name)!r} here'
-    for name in {**theirs, **ours}
-    if theirs.get(name) != ours.get(name)
-    and (name, theirs.get(name)) not in before
+    change
+    for change in differences(saved['fields'], ours)
+    if (change['field'], change['old']) not in before
   ]
   if changed:
-    more = f'; and {len(changed) - 2} more' if len(changed) > 2 else ''
     raise InputError(
-      f'{path} is of another run ({"; ".join(changed[:2])}{more}); move it '
-      'away, or take it with --config.accept_changes=True'
+      f'{path} is of another run ({describe_changes(changed)}); move it away, '
+      'or take it with --config.accept_changes=True'
     )

@@ -71,6 +71,12 @@ def several() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def wait_for_all(event: str) -> None:
+  """Waits until every process has come to `event`, a name for errors."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(event)
+
+
 def from_first(value: int) -> int:
   """The first process's value, in every process."""
   if not several():

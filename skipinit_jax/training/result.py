@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.files import DamagedFile, read_json, set_aside, write_json
@@ -25,6 +24,7 @@ from skipinit_jax.training.metrics import (
   read_metrics,
   say,
 )
+from skipinit_jax.training.processes import wait_for_all
 from skipinit_jax.training.step import TrainState
 from skipinit_jax.version import __version__
 
@@ -64,8 +64,7 @@ def take_result(workdir: epath.Path) -> dict[str, Any] | None:
       read_result(workdir)
     except DamagedFile as error:
       say(f'{error}; moved to {set_aside(error.path)}')
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('result.json is looked at')
+  wait_for_all('result.json is looked at')
   return read_result(workdir)
 
 
@@ -111,8 +110,7 @@ def write_result(
         'largest_norms': largest_norms(state.params),
       }
     write_json(workdir / RESULT, result)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('result.json is written')
+  wait_for_all('result.json is written')
   result = read_result(workdir)
   assert result is not None  # It was just written.
   return result

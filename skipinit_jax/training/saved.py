@@ -118,7 +118,8 @@ def load_run(checkpoint: os.PathLike | str) -> Saved:
   with Checkpoints(workdir, config, say, read_only=True) as checkpoints:
     if step is None:
       step, state = checkpoints.restore_latest(like)
-      assert step is not None  # `find_checkpoint` found one.
+      if step is None:  # Only one that is not whole.
+        raise InputError(f'{workdir} holds no checkpoint')
     else:
       state = checkpoints.restore(step, like)
   local = jax.tree.map(jnp.asarray, jax.device_get(state))

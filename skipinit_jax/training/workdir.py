@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError, unwritable
@@ -21,6 +20,7 @@ from skipinit_jax.training.changes import (
 )
 from skipinit_jax.training.checkpoints import saved_steps
 from skipinit_jax.training.metrics import say
+from skipinit_jax.training.processes import wait_for_all
 from skipinit_jax.training.result import RESULT
 
 
@@ -81,13 +81,12 @@ def open_workdir(
         write_json(path, ours | ({CHANGES: changes} if changes else {}))
     except OSError as error:
       raise unwritable(workdir, error) from None
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('config.json is written')
-    if not path.exists():
-      raise InputError(
-        f'process {jax.process_index()} does not see {path}, which process 0 '
-        'has written: the workdir must be a folder that all hosts share'
-      )
+  wait_for_all('config.json is written')
+  if jax.process_count() > 1 and not path.exists():
+    raise InputError(
+      f'process {jax.process_index()} does not see {path}, which process 0 '
+      'has written: the workdir must be a folder that all hosts share'
+    )
   return changes + new
 
 
