@@ -33,13 +33,18 @@ TINY = (
 )
 
 
+def xla_flags(devices):
+  """The flags of tests, for another number of fake devices."""
+  number = f'--xla_force_host_platform_device_count={devices}'
+  return f'{os.environ["XLA_FLAGS"]} {number}'  # The last one is taken.
+
+
 def start(workdir, *flags, devices=1, **environment):
-  """Starts `train.py` on so many fake devices."""
-  fake = f'--xla_force_host_platform_device_count={devices}'
+  """Starts `train.py` on fake devices."""
   return subprocess.Popen(
     [sys.executable, str(ROOT / 'train.py'), f'--workdir={workdir}', *flags],
     cwd=ROOT,
-    env={**os.environ, 'XLA_FLAGS': fake, **environment},
+    env={**os.environ, 'XLA_FLAGS': xla_flags(devices), **environment},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from runs import ROOT
+from runs import ROOT, xla_flags
 from safetensors.numpy import load_file, save_file
 
 from skipinit_jax import export as exporting
@@ -247,7 +247,7 @@ def test_the_example(tmp_path):
   end = subprocess.run(
     [sys.executable, '-m', 'examples.export', str(tmp_path)],
     cwd=ROOT,
-    env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
+    env={**os.environ, 'XLA_FLAGS': xla_flags(1), 'JAX_PLATFORMS': 'cpu'},
     capture_output=True,
     text=True,
   )
