@@ -13,6 +13,8 @@ BUCKETS = ('gs', 's3', 'az')
 
 # Errors of a file system that is full or broken, not badly chosen.
 FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# TensorStore's errors: paths, then No space left on device [os_error_code='28'.
+TENSORSTORE = re.compile(r"([^:]+) \[os_error_code='(\d+)'")
 
 
 class InputError(ValueError):
@@ -28,7 +30,18 @@ def unwritable(
 ) -> InputError | RunError:
   """The error for a folder that can't be written to: badly chosen, or full."""
   kind = RunError if error.errno in FULL_OR_BROKEN else InputError
-  return kind(f'can not write to {folder}: {error.strerror or error}')
+  return kind(f'can not write to {folder}: {reason(error)}')
+
+
+def reason(error: BaseException) -> str:
+  """What an error says, without paths and all that follows a line break."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  if found := TENSORSTORE.search(str(error)):
+    return found[1].strip()
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  text = lines[0] if lines else type(error).__name__
+  return text if len(text) < 200 else f'{text[:200]}...'
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> str:
@@ -94,8 +107,7 @@ def check_folder(name: str | os.PathLike, buckets: bool = False) -> str:
       existing = existing.parent
     is_folder = existing.is_dir()
   except (OSError, ValueError) as error:
-    reason = getattr(error, 'strerror', None) or str(error)
-    raise InputError(f'{text!r}: {reason}') from None
+    raise InputError(f'{text!r}: {reason(error)}') from None
   if text.startswith('~') and str(path).startswith('~'):
     raise InputError(f'{text!r}: no such user; expected a folder')
   if not is_folder:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from skipinit_jax.errors import RunError
+from skipinit_jax.errors import RunError, reason
 
 T = TypeVar('T')
 
@@ -28,8 +28,8 @@ class DamagedFile(RunError):
     path: of the file.
   """
 
-  def __init__(self, path: epath.PathLike, reason: str):
-    super().__init__(f'{path} is damaged: {reason}')
+  def __init__(self, path: epath.PathLike, flaw: str):
+    super().__init__(f'{path} is damaged: {flaw}')
     self.path = epath.Path(path)
 
 
@@ -80,8 +80,7 @@ def read_bytes(path: epath.PathLike) -> bytes | None:
       if error.errno == errno.ELOOP:
         raise RunError(f'{path} can not be read: {error.strerror}') from None
       # Clients of object stores give a message alone.
-      reason = error.strerror or str(error) or type(error).__name__
-      raise OSError(error.errno, reason, str(path)) from None
+      raise OSError(error.errno, reason(error), str(path)) from None
 
   return retry(read)
 
@@ -118,9 +117,8 @@ def retry(
 
 
 def _describe(error: OSError) -> str:
-  reason = error.strerror or str(error) or type(error).__name__
   name = f'{error.filename}: ' if error.filename else ''
-  return f'{name[-150:]}{reason[:100]}'
+  return f'{name[-150:]}{reason(error)[:100]}'
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any] | None:

@@ -15,12 +15,13 @@ from skipinit_jax import files
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.files import write_json
 from skipinit_jax.training import changes, train
+from skipinit_jax.training.changes import plain
 from skipinit_jax.training.lines import Lines
 from skipinit_jax.training.metrics import read_metrics
 from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.training.result import read_result, take_result
 from skipinit_jax.training.saved import config_of
-from skipinit_jax.training.workdir import open_workdir, plain, record_changes
+from skipinit_jax.training.workdir import open_workdir, record_changes
 
 TOTAL = 12
 FILES = ('config.json', 'result.json', 'metrics.jsonl')

@@ -1,5 +1,6 @@
-"""Fields of a run that change between its parts: which may, and from when."""
+"""Fields that make a run: which of them may change, and whose a checkpoint is."""
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,9 +8,10 @@ from typing import Any
 
 from etils import epath
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError
-from skipinit_jax.files import DamagedFile, read_json
+from skipinit_jax.files import DamagedFile, dumps, read_json
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.lines import is_number
 
@@ -139,6 +141,59 @@ def describe_changes(changes: Sequence[Mapping[str, Any]]) -> str:
 def changes_rate(changes: Iterable[Mapping[str, Any]], step: int) -> bool:
   """Whether the learning rate changed after the state of `step` was saved."""
   return any(c['field'] in RATE and c['step'] >= step for c in changes)
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+  """The fields as JSON returns them."""
+  return json.loads(dumps(config.to_dict()))
+
+
+def run_fields(config: ConfigDict) -> dict[str, Any]:
+  """The fields of a config that make its run, by dotted name, as in JSON."""
+  fields = flatten_dict(plain(config), sep='.')
+  return {k: v for k, v in fields.items() if k not in FREE and v is not None}
+
+
+def check_origin(
+  path: epath.Path,
+  saved: Mapping[str, Any],
+  workdir: os.PathLike | str,
+  accept: bool,
+) -> None:
+  """Compares a checkpoint with its name, and with the run in its workdir.
+
+  Args:
+    path: of the checkpoint, named by its step.
+    saved: the `step` and the `run_fields` that were saved with it as `fields`.
+    workdir: of the run.
+    accept: take the checkpoint of another run.
+
+  Raises:
+    InputError: it is of another step or run.
+  """
+  if saved.get('step', int(path.name)) != int(path.name):
+    raise InputError(
+      f'{path} holds the state after step {saved["step"]}: it was renamed; '
+      'name it by its step, or move it away'
+    )
+  try:
+    ours, changes = read_config(workdir)
+  except DamagedFile:
+    return
+  if ours is None or accept or 'fields' not in saved:
+    return
+  # Values that fields of this run once had.
+  before = [(change['field'], change['old']) for change in changes]
+  changed = [
+    change
+    for change in differences(saved['fields'], ours)
+    if (change['field'], change['old']) not in before
+  ]
+  if changed:
+    raise InputError(
+      f'{path} is of another run ({describe_changes(changed)}); move it away, '
+      'or take it with --config.accept_changes=True'
+    )
 
 
 def _are_changes(value: Any) -> bool:

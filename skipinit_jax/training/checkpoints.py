@@ -15,13 +15,13 @@ from flax import serialization
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.errors import InputError, RunError, reason
 from skipinit_jax.files import retry
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
+from skipinit_jax.training.changes import check_origin, run_fields
 from skipinit_jax.training.devices import replicate
-from skipinit_jax.training.origin import check_origin, run_fields
 from skipinit_jax.training.processes import wait_for_all
-from skipinit_jax.training.reasons import errors_as, first_line, of_system
+from skipinit_jax.training.reasons import errors_as, of_system
 from skipinit_jax.training.step import TrainState
 
 FOLDER = 'checkpoints'
@@ -122,7 +122,7 @@ class Checkpoints:
     check = {
       'sha256': digest(tree),
       'step': step,
-      'fields': run_fields(self._config.to_dict()),
+      'fields': run_fields(self._config),
     }
     with errors_as(self._not_written()):
       saved = self._manager.save(
@@ -203,7 +203,7 @@ class Checkpoints:
         if trouble := of_system(error) or self._unreadable(step):
           name = f'checkpoint of step {step}'
           raise OSError(errno.EIO, trouble, name) from None
-        raise Damaged(step, first_line(error)) from None
+        raise Damaged(step, reason(error)) from None
 
     try:
       state, check = retry(attempt, say=self._say)
@@ -255,7 +255,7 @@ class Checkpoints:
     except FileNotFoundError:
       return None
     except Exception as error:
-      return first_line(error)
+      return reason(error)
     return None
 
   def _set_aside(self, step: int) -> None:
@@ -272,8 +272,8 @@ class Checkpoints:
 class Damaged(RunError):
   """A checkpoint that can be read, but not as it was written."""
 
-  def __init__(self, step: int, reason: str):
-    super().__init__(f'checkpoint of step {step} is damaged ({reason})')
+  def __init__(self, step: int, flaw: str):
+    super().__init__(f'checkpoint of step {step} is damaged ({flaw})')
 
 
 def saved_steps(workdir: os.PathLike | str) -> list[int]:

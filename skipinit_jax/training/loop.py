@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
-from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.errors import InputError, RunError, reason
 from skipinit_jax.models.parameters import alphas, block_names
 from skipinit_jax.training import devices, processes, resume
 from skipinit_jax.training.checkpoints import Checkpoints, saved_steps
@@ -269,8 +269,8 @@ def _errors_with_files(
     check_held()  # The cause, if the workdir was moved away.
     if isinstance(error, RunError):
       raise
-    reason = error.strerror or error
-    raise RunError(f'{error.filename or workdir}: {reason}') from error
+    name = error.filename or workdir
+    raise RunError(f'{name}: {reason(error)}') from error
 
 
 def evaluate_latest(

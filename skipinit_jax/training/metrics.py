@@ -12,7 +12,7 @@ import tensorboardX
 import tqdm
 from etils import epath
 
-from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.errors import InputError, RunError, reason
 from skipinit_jax.training.bad_share import BadShare
 from skipinit_jax.training.lines import Lines
 from skipinit_jax.training.timetable import Timetable
@@ -215,8 +215,9 @@ class Reporter:
       raise self._not_written(error) from None
 
   def _not_written(self, error: OSError) -> RunError:
-    reason = error.strerror or error
-    return RunError(f'metrics can not be written to {self._workdir}: {reason}')
+    return RunError(
+      f'metrics can not be written to {self._workdir}: {reason(error)}'
+    )
 
   def _show(self, step: int, values: Mapping[str, Any]) -> None:
     if not self._board:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.errors import InputError, RunError, reason
 
 
 def initialize(
@@ -60,7 +60,7 @@ def initialize(
     )
   except (ValueError, RuntimeError) as error:
     raise InputError(
-      f'the processes could not find each other: {str(error).splitlines()[0]}; '
+      f'the processes could not find each other: {reason(error)}; '
       'outside Cloud TPU, Slurm and Open MPI give --coordinator, '
       '--num-processes and --process-id'
     ) from None

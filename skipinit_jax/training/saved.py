@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.data.dataset import Dataset
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, reason
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training.changes import CONFIG, read_config
 from skipinit_jax.training.checkpoints import FOLDER, Checkpoints, saved_steps
@@ -58,9 +58,8 @@ def config_of(workdir: os.PathLike | str) -> ConfigDict:
     with config.unlocked():  # Data sets have fields of their own.
       config.update(fields)
   except (AttributeError, TypeError, ValueError) as error:
-    reason = str(error).splitlines()[0]
     raise InputError(
-      f'{workdir}/{CONFIG} is no config of a run: {reason}'
+      f'{workdir}/{CONFIG} is no config of a run: {reason(error)}'
     ) from None
   return config
 

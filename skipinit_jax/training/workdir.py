@@ -1,6 +1,5 @@
 """The folder of a run: its config, and how that changed between its parts."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +8,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError, unwritable
-from skipinit_jax.files import DamagedFile, dumps, set_aside, write_json
+from skipinit_jax.files import DamagedFile, set_aside, write_json
 from skipinit_jax.training.changes import (
   CHANGES,
   CONFIG,
   check_changes,
   describe_changes,
   differences,
+  plain,
   read_config,
 )
 from skipinit_jax.training.checkpoints import saved_steps
@@ -124,8 +124,3 @@ def record_changes(
     if change['step'] == step:
       field, old, new = (change[key] for key in ('field', 'old', 'new'))
       say(f'from step {step:,} on: {field}={new!r}, before {old!r}')
-
-
-def plain(config: ConfigDict) -> dict[str, Any]:
-  """The fields as JSON returns them."""
-  return json.loads(dumps(config.to_dict()))
