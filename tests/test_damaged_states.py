@@ -76,7 +76,7 @@ def start_on(workdir, config=None, step=6):
   since = open_workdir(workdir, config or recipe(), TOTAL)
   result = take_result(workdir)
   lines = Lines(workdir)
-  said = lines.resume(step)
+  _, said = lines.resume(step)
   lines.close()
   return since, result, said
 
@@ -272,7 +272,7 @@ def test_metrics_cut_anywhere_keep_their_whole_lines(workdir):
     path.write_bytes(data[:end])
     whole = data[: end + 1].count(b'\n')
     lines = Lines(workdir)
-    said = lines.resume(6)
+    _, said = lines.resume(6)
     lines.close()
     assert read_metrics(workdir) == LINES[:whole]
     assert len(said) == (b'\n' not in data[end - 1 : end + 1])

@@ -397,6 +397,19 @@ def test_going_back_ends_as_diverged_after_the_limit(tmp_path, capsys):
   assert 'peak learning rate at 2.5e+08' in err
 
 
+def test_going_back_to_before_any_evaluation_ends_with_one(tmp_path):
+  config = recipe(
+    optimizer__learning_rate=1e9,
+    on_divergence='back',
+    divergence_limit=2,
+    checkpoint_every_steps=1,
+    eval_every_epochs=100.0,
+  )
+  result = train(config, tmp_path / 'run')
+  assert result['status'] == 'diverged'
+  assert result['eval']['step'] == result['steps'] > 0
+
+
 def test_going_back_completes_with_a_smaller_rate(tmp_path):
   config = recipe(
     optimizer__learning_rate=1e3,

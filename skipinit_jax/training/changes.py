@@ -1,4 +1,4 @@
-"""Fields that make a run: which of them may change, and whose a checkpoint is."""
+"""Fields that make a run: which may change, and whose a checkpoint is."""
 
 import json
 import math

@@ -1,6 +1,5 @@
 """The metric lines of a run: a file, or objects in a bucket."""
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -38,9 +37,9 @@ class Lines:
     self._file: Any = None  # Opened by `resume`.
     self._number = 0
 
-  def read(self, until: float = math.inf) -> list[dict[str, Any]]:
-    """The good lines of at most `until` steps, in order."""
-    return [line for line in self.read_and_count()[0] if line['step'] <= until]
+  def read(self) -> list[dict[str, Any]]:
+    """The good lines, in order."""
+    return self.read_and_count()[0]
 
   def read_and_count(self) -> tuple[list[dict[str, Any]], int]:
     """The good lines, in order, and the number of damaged ones."""
@@ -48,7 +47,7 @@ class Lines:
     good = [line for _, line in written if line is not None]
     return good, len(written) - len(good)
 
-  def resume(self, step: int) -> list[str]:
+  def resume(self, step: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Drops what was written after `step` steps, to write it again.
 
     Damaged lines are dropped too, and all but the last of those about the same
@@ -56,7 +55,7 @@ class Lines:
     was there is kept as `damaged-...`.
 
     Returns:
-      Sentences on what was dropped.
+      The lines that are kept, and sentences on what was dropped.
     """
     said = []
     try:
@@ -99,7 +98,7 @@ class Lines:
       text = ''.join(dumps(line) + '\n' for line in lines)
       write_whole(self._path, text.encode())
       self._file = self._path.open('a')
-    return said
+    return lines, said
 
   def append(self, line: Mapping[str, Any]) -> None:
     """Writes a line; after `resume`."""

@@ -22,7 +22,7 @@ from skipinit_jax.training.describe import describe
 from skipinit_jax.training.evaluate import AskedToStop, evaluate, warm_up
 from skipinit_jax.training.feed import Feed
 from skipinit_jax.training.lock import hold_for_all
-from skipinit_jax.training.metrics import Reporter, read_evals, say
+from skipinit_jax.training.metrics import Reporter, say
 from skipinit_jax.training.profile import Profiler
 from skipinit_jax.training.program import Program, make_program
 from skipinit_jax.training.result import take_result, write_result
@@ -84,7 +84,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     feed = Feed(program, times.total)
     at_end.callback(feed.close)
     feed.start(step)
-    evaluated = [e['step'] for e in read_evals(workdir, step)]
     run = Run(
       program=program,
       times=times,
@@ -97,7 +96,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
       profiler=Profiler(config, workdir),
       step=step,
       state=state,
-      evaluated=int(max(evaluated, default=0)),
     )
     run.make_steps()
     run.end()
@@ -125,7 +123,6 @@ class Run:
   profiler: Profiler
   step: int  # Steps made.
   state: TrainState  # After these.
-  evaluated: int  # Steps made at the last evaluation.
   stopped: bool = False  # Whether all processes stop after `step`.
   trouble: InputError | RunError | None = None  # Why, unless by request.
 
@@ -135,7 +132,7 @@ class Run:
     while not (reporter.diverged or self.stopped):
       # What is due comes first: a run that was stopped here resumes with it.
       results = {}
-      if times.evaluates(self.step) and self.step > self.evaluated:
+      if times.evaluates(self.step) and self.step > reporter.evaluated:
         results = self.evaluate()
         if self.stopped:
           break
@@ -185,7 +182,6 @@ class Run:
       self.stopped, self.trouble = True, error
       return {}
     self.reporter.eval(self.step, results)
-    self.evaluated = self.step
     return results
 
   def next_batch(self) -> tuple[Any, dict[str, jax.Array]]:
@@ -202,7 +198,6 @@ class Run:
     )
     self.reporter.go_back(self.step)
     self.feed.start(self.step)
-    self.evaluated = self.step
 
   def end(self) -> None:
     """Leaves all in the workdir.
@@ -215,7 +210,7 @@ class Run:
       self.stop()
     if self.reporter.diverged:
       step = int(self.state.step)  # That of the last finite parameters.
-      if step > self.evaluated or step == 0:
+      if step > self.reporter.evaluated or step == 0:
         self.reporter.eval(step, evaluate(self.program, self.state))
     self.checkpoints.wait()
     self.reporter.close()
@@ -295,8 +290,5 @@ def evaluate_latest(
     raise InputError(f'{workdir} holds no checkpoint')
   program = _open_program(config)
   devices.set_compilation_cache(config.compilation_cache)
-  with Checkpoints(workdir, config, say, read_only=True) as checkpoints:
-    if not checkpoints.steps():  # Only one that is not whole.
-      raise InputError(f'{workdir} holds no checkpoint')
-    step, state = resume.restore_or_create(program, checkpoints)
+  step, state = resume.restore_saved(program, workdir)
   return {'step': step, **evaluate(program, state)}

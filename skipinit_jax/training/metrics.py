@@ -13,6 +13,7 @@ import tqdm
 from etils import epath
 
 from skipinit_jax.errors import InputError, RunError, reason
+from skipinit_jax.training import processes
 from skipinit_jax.training.bad_share import BadShare
 from skipinit_jax.training.lines import Lines
 from skipinit_jax.training.timetable import Timetable
@@ -41,6 +42,7 @@ class Reporter:
     stop: whether any process was asked to stop, or `trouble` is not None.
     trouble: an InputError if more than `bad_share` are unreadable.
     last: the last finite training metrics and their step.
+    evaluated: steps made at the last evaluation, 0 before the first.
   """
 
   def __init__(
@@ -83,13 +85,14 @@ class Reporter:
     lines = []
     if self._writes:
       try:
-        said = self._lines.resume(start)
+        lines, said = self._lines.resume(start)
       except OSError as error:
         raise self._not_written(error) from None
       for sentence in said:
         self.say(sentence)
-      lines = self._lines.read()
     self._bad_share.resume(start, lines)
+    evals = [line['step'] for line in lines if 'eval' in line]
+    self.evaluated = processes.from_first(max(evals, default=0))
     # tensorboardX needs a folder.
     if self._writes and '://' not in str(self._workdir):
       self._board = tensorboardX.SummaryWriter(
@@ -176,6 +179,7 @@ class Reporter:
   def eval(self, step: int, results: Mapping[str, Any]) -> None:
     """Writes the results of an evaluation, see `evaluate`."""
     self._write(step, results)
+    self.evaluated = step
     self.restart_clock(step)
     self._eval = f', test top-1 {results["eval"]["top1"]:.3f}'
 
@@ -232,17 +236,6 @@ class Reporter:
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """All lines of a run's metrics, in order."""
   return Lines(workdir).read()
-
-
-def read_evals(
-  workdir: epath.PathLike, until: float = math.inf
-) -> list[dict[str, float]]:
-  """A run's evaluations after at most `until` steps: top1, top5, loss, step."""
-  return [
-    {**line['eval'], 'step': line['step']}
-    for line in Lines(workdir).read(until)
-    if 'eval' in line
-  ]
 
 
 def say(line: str) -> None:

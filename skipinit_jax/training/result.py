@@ -13,17 +13,8 @@ from etils import epath
 
 from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.files import DamagedFile, read_json, set_aside, write_json
-from skipinit_jax.training.lines import (
-  is_count,
-  is_evaluation,
-  is_number,
-)
-from skipinit_jax.training.metrics import (
-  Reporter,
-  read_evals,
-  read_metrics,
-  say,
-)
+from skipinit_jax.training.lines import is_count, is_evaluation, is_number
+from skipinit_jax.training.metrics import Reporter, read_metrics, say
 from skipinit_jax.training.processes import wait_for_all
 from skipinit_jax.training.step import TrainState
 from skipinit_jax.version import __version__
@@ -85,8 +76,9 @@ def write_result(
     seconds: since this part of the run began.
   """
   if jax.process_index() == 0:
-    evals = read_evals(workdir)
-    trained = [line for line in read_metrics(workdir) if 'loss' in line]
+    lines = read_metrics(workdir)
+    evals = [{**x['eval'], 'step': x['step']} for x in lines if 'eval' in x]
+    trained = [line for line in lines if 'loss' in line]
     last = trained[-1] if trained else {'step': -1}
     if last['step'] < state.step:  # That line was damaged.
       last = last_train(state)

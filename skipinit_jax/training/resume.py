@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
+from skipinit_jax.errors import InputError
 from skipinit_jax.training.changes import changes_rate
 from skipinit_jax.training.checkpoints import Checkpoints
 from skipinit_jax.training.devices import replicate
@@ -33,8 +35,7 @@ def restore_or_create(
   """
   config = program.config
   seed, rate = np.uint32(config.seed), np.float32(peak_rate(config))
-  like = jax.eval_shape(program.initial_state, seed, rate)
-  saved = checkpoints.restore_latest(like)
+  saved = checkpoints.restore_latest(_shapes(program))
   if saved[0] is None:
     # The program runs once; optimizing it takes longer than running it.
     on_cpu = jax.default_backend() == 'cpu'
@@ -46,6 +47,33 @@ def restore_or_create(
   if changes_rate(changes, step):
     state = state.replace(rate=replicate(rate))
   return step, state
+
+
+def restore_saved(
+  program: Program, workdir: epath.PathLike, step: int | None = None
+) -> tuple[int, TrainState]:
+  """A saved state of a run, which may still be going, and its step.
+
+  Args:
+    program: of the run.
+    workdir: of the run; nothing in it is changed.
+    step: of the checkpoint; None: the newest.
+
+  Raises:
+    InputError, RunError: see `Checkpoints.restore_latest`; or none is whole.
+  """
+  like = _shapes(program)
+  with Checkpoints(workdir, program.config, say, read_only=True) as checkpoints:
+    if step is not None:
+      return step, checkpoints.restore(step, like)
+    saved = checkpoints.restore_latest(like)
+  if saved[0] is None:
+    raise InputError(f'{workdir} holds no checkpoint')
+  return saved
+
+
+def _shapes(program: Program) -> TrainState:
+  return jax.eval_shape(program.initial_state, 0, 0.0)
 
 
 def may_go_back(state: TrainState, config: ConfigDict) -> bool:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -15,11 +14,10 @@ from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.errors import InputError, reason
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training.changes import CONFIG, read_config
-from skipinit_jax.training.checkpoints import FOLDER, Checkpoints, saved_steps
+from skipinit_jax.training.checkpoints import FOLDER, saved_steps
 from skipinit_jax.training.config import default_config
-from skipinit_jax.training.metrics import say
-from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.program import make_program
+from skipinit_jax.training.resume import restore_saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +110,7 @@ def load_run(checkpoint: os.PathLike | str) -> Saved:
   config, workdir, step = find_checkpoint(checkpoint)
   data = open_dataset(config.data)
   program = make_program(config, data)
-  seed, rate = np.uint32(config.seed), np.float32(peak_rate(config))
-  like = jax.eval_shape(program.initial_state, seed, rate)
-  with Checkpoints(workdir, config, say, read_only=True) as checkpoints:
-    if step is None:
-      step, state = checkpoints.restore_latest(like)
-      if step is None:  # Only one that is not whole.
-        raise InputError(f'{workdir} holds no checkpoint')
-    else:
-      state = checkpoints.restore(step, like)
+  step, state = restore_saved(program, workdir, step)
   local = jax.tree.map(jnp.asarray, jax.device_get(state))
   return Saved(
     config,
