@@ -13,8 +13,10 @@ BUCKETS = ('gs', 's3', 'az')
 
 # Errors of a file system that is full or broken, not badly chosen.
 FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# These are about the content of a folder, not about trouble with reading it.
+CONTENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 # TensorStore's errors: paths, then No space left on device [os_error_code='28'.
-TENSORSTORE = re.compile(r"([^:]+) \[os_error_code='(\d+)'")
+_TENSORSTORE = re.compile(r"([^:]+) \[os_error_code='(\d+)'")
 
 
 class InputError(ValueError):
@@ -37,11 +39,30 @@ def reason(error: BaseException) -> str:
   """What an error says, without paths and all that follows a line break."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
-  if found := TENSORSTORE.search(str(error)):
+  if found := _TENSORSTORE.search(str(error)):
     return found[1].strip()
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   text = lines[0] if lines else type(error).__name__
   return text if len(text) < 200 else f'{text[:200]}...'
+
+
+def of_system(error: BaseException | None) -> str | None:
+  """The system's reason for an error, or for what caused it; else None.
+
+  A file that is missing or of the wrong kind is no such reason.
+  """
+  causes = []
+  while error is not None and error not in causes:
+    causes.append(error)
+    found = _TENSORSTORE.search(str(error))
+    if (
+      isinstance(error, TimeoutError | ConnectionError)
+      or (isinstance(error, OSError) and error.errno not in CONTENT)
+      or (found and int(found[2]) not in CONTENT)
+    ):
+      return reason(error)
+    error = error.__cause__ or error.__context__
+  return None
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> str:

@@ -15,12 +15,11 @@ import pytest
 from runs import listing
 
 from skipinit_jax import files
-from skipinit_jax.errors import InputError, RunError
+from skipinit_jax.errors import InputError, RunError, of_system
 from skipinit_jax.files import dumps
 from skipinit_jax.models.stages import stack_blocks, unstack_blocks
 from skipinit_jax.training.checkpoints import Checkpoints, digest
 from skipinit_jax.training.config import default_config
-from skipinit_jax.training.reasons import of_system
 from skipinit_jax.training.step import TrainState
 
 # A read that fails leaves TensorStore's other reads without their event loop.

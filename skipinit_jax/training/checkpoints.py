@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,13 +16,12 @@ from flax import serialization
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from skipinit_jax.errors import InputError, RunError, reason
+from skipinit_jax.errors import InputError, RunError, of_system, reason
 from skipinit_jax.files import retry
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
 from skipinit_jax.training.changes import check_origin, run_fields
 from skipinit_jax.training.devices import replicate
 from skipinit_jax.training.processes import wait_for_all
-from skipinit_jax.training.reasons import errors_as, of_system
 from skipinit_jax.training.step import TrainState
 
 FOLDER = 'checkpoints'
@@ -71,16 +71,13 @@ class Checkpoints:
         self._manager.close()
 
   def _open(self) -> None:
-
-    def top1(metrics: Mapping[str, float]) -> float:
-      return metrics['top1']
-
+    top1 = operator.itemgetter('top1')
     best = checkpoint_managers.BestN(
       get_metric_fn=top1, n=1, keep_checkpoints_without_metrics=False
     )
     newest = checkpoint_managers.LatestN(self._config.keep_checkpoints)
     folder = self._folder
-    with errors_as(f'checkpoints in {folder} can not be used'):
+    with _errors_as(f'checkpoints in {folder} can not be used'):
       self._manager = ocp.CheckpointManager(
         folder if '://' in str(folder) else folder.resolve(),
         # Without them a new manager can't read the metadata of a checkpoint.
@@ -124,7 +121,7 @@ class Checkpoints:
       'step': step,
       'fields': run_fields(self._config),
     }
-    with errors_as(self._not_written()):
+    with _errors_as(self._not_written()):
       saved = self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -137,7 +134,7 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Waits until all is written; raises RunError if that went wrong."""
-    with errors_as(self._not_written()):
+    with _errors_as(self._not_written()):
       self._manager.wait_until_finished()
 
   def _not_written(self) -> str:
@@ -317,6 +314,17 @@ def _check_shapes(saved: Any, wanted: Any) -> None:
         f'the checkpoint is of another network: {name} is '
         f'{there.get(name, "missing")} there, {here.get(name, "missing")} here'
       )
+
+
+@contextlib.contextmanager
+def _errors_as(what: str) -> Iterator[None]:
+  """Turns what Orbax and the file system raise into a RunError of one line."""
+  try:
+    yield
+  except RunError:
+    raise
+  except Exception as error:
+    raise RunError(f'{what}: {reason(error)}') from None
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:

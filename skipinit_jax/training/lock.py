@@ -18,6 +18,7 @@ import jax
 from etils import epath
 
 from skipinit_jax.errors import InputError, RunError, unwritable
+from skipinit_jax.files import parse_object
 from skipinit_jax.training import processes
 
 LOCK = 'lock'
@@ -88,7 +89,7 @@ def hold_for_all(
   workdir: str | os.PathLike, say: Callable[[str], None]
 ) -> Iterator[Callable[[], None]]:
   """As `hold`; the first of several processes holds, or all raise."""
-  error, check = None, _no_check
+  error, check = None, lambda: None
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       try:
@@ -98,10 +99,6 @@ def hold_for_all(
     if trouble := processes.agree(error):
       raise error or trouble
     yield check
-
-
-def _no_check() -> None:
-  """The check of a process that holds nothing itself."""
 
 
 def _take(
@@ -265,7 +262,6 @@ def _holder(folder: str) -> str:
 
 def _parse(text: str) -> dict[str, Any]:
   try:
-    fields = json.loads(text)
+    return parse_object(text.encode())
   except ValueError:
     return {}
-  return fields if isinstance(fields, dict) else {}

@@ -87,6 +87,11 @@ def make_program(
     micro_batches=config.micro_batches,
     label_smoothing=config.label_smoothing,
   )
+
+  def initial_state(seed: ArrayLike, rate: ArrayLike) -> steps.TrainState:
+    variables = init_variables(model, data.image_shape, seed)
+    return steps.create_state(variables, tx, rate=rate, seed=seed, ema=ema)
+
   normalize = data.augmentation.normalize
   ema = config.ema_decay is not None
   split = not data.resident
@@ -95,9 +100,7 @@ def make_program(
     data=data,
     model=model,
     tx=tx,
-    initial_state=functools.partial(
-      _initial_state, model=model, tx=tx, image_shape=data.image_shape, ema=ema
-    ),
+    initial_state=initial_state,
     train_step=map_over_devices(
       _train_steps(config, data, tx, gradient),
       (False, split, True, False),
@@ -134,19 +137,6 @@ def _train_steps(
     max_skips=config.divergence_limit if config.on_divergence == 'skip' else 0,
   )
   return functools.partial(_several, step, in_loop=config.steps_per_call > 1)
-
-
-def _initial_state(
-  seed: ArrayLike,
-  rate: ArrayLike,
-  *,
-  model: ResNet,
-  tx: optax.GradientTransformation,
-  image_shape: tuple[int, int, int],
-  ema: bool,
-) -> steps.TrainState:
-  variables = init_variables(model, image_shape, seed)
-  return steps.create_state(variables, tx, rate=rate, seed=seed, ema=ema)
 
 
 def _several(step, state, inputs, message, count, *, in_loop):
