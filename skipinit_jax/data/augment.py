@@ -35,11 +35,6 @@ class Augmentation:
   mixup: float = 0.0
   cutmix: float = 0.0
 
-  @property
-  def mixes(self) -> bool:
-    """Whether images are mixed in pairs, which wants even parts of a batch."""
-    return bool(self.mixup or self.cutmix)
-
   def __call__(
     self,
     images: jax.Array,
@@ -66,7 +61,7 @@ class Augmentation:
       keys = by_example(cut_key, examples)
       images = jax.vmap(cutout, (0, 0, None))(keys, images, self.cutout)
     targets = jax.nn.one_hot(labels, self.num_classes)
-    if self.mixes:
+    if self.mixup or self.cutmix:
       images, targets = mix(
         mix_key, images, targets, examples, self.mixup, self.cutmix
       )
@@ -149,9 +144,8 @@ def cutout(key: jax.Array, image: jax.Array, size: int) -> jax.Array:
   """
   height, width, _ = image.shape
   row_key, column_key = jax.random.split(key)
-  top = jax.random.randint(row_key, (), 0, height) - size // 2
-  left = jax.random.randint(column_key, (), 0, width) - size // 2
-  return jnp.where(_box(top, left, size, size, height, width), 0, image)
+  box = _random_box(row_key, column_key, size, size, height, width)
+  return jnp.where(box, 0, image)
 
 
 def mix(
@@ -216,13 +210,16 @@ def _cutmix_box(
   share_key, row_key, column_key = jax.random.split(key, 3)
   side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
   box = (side * jnp.array([height, width])).astype(jnp.int32)
-  top = jax.random.randint(row_key, (), 0, height) - box[0] // 2
-  left = jax.random.randint(column_key, (), 0, width) - box[1] // 2
-  return _box(top, left, box[0], box[1], height, width).astype(jnp.float32)
+  inside = _random_box(row_key, column_key, box[0], box[1], height, width)
+  return inside.astype(jnp.float32)
 
 
-def _box(top, left, box_height, box_width, height, width) -> jax.Array:
-  """Whether each pixel lies in a box, bool (height, width, 1)."""
+def _random_box(
+  row_key, column_key, box_height, box_width, height, width
+) -> jax.Array:
+  """Whether each pixel is in a box about a random one, (height, width, 1)."""
+  top = jax.random.randint(row_key, (), 0, height) - box_height // 2
+  left = jax.random.randint(column_key, (), 0, width) - box_width // 2
   rows, columns = jnp.arange(height) - top, jnp.arange(width) - left
   inside_rows = (rows >= 0) & (rows < box_height)
   inside_columns = (columns >= 0) & (columns < box_width)

@@ -51,7 +51,11 @@ def convert(source: Path, target: Path, workers: int | None = None) -> str:
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   try:
-    written = _write(jobs, partial, workers or os.cpu_count() or 1)
+    sources, names, counts = zip(*jobs, strict=True)
+    targets = [partial / name for name in names]
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+      records = pool.map(_convert_file, sources, targets, counts)
+      written = sum(tqdm(records, 'files', len(jobs)))
     for file in source.iterdir():  # Features, label names, licences.
       if file.is_file() and '.tfrecord' not in file.name and file.name != INFO:
         shutil.copy(file, partial)
@@ -61,14 +65,6 @@ def convert(source: Path, target: Path, workers: int | None = None) -> str:
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   return f'made {target}: {written:,} records in {len(jobs)} files'
-
-
-def _write(jobs: list, folder: Path, workers: int) -> int:
-  sources, names, counts = zip(*jobs, strict=True)
-  targets = [folder / name for name in names]
-  with ThreadPoolExecutor(workers) as pool:
-    written = pool.map(_convert_file, sources, targets, counts)
-    return sum(tqdm(written, 'files', len(jobs)))
 
 
 def _convert_file(source: Path, target: Path, count: int) -> int:

@@ -17,14 +17,9 @@ from skipinit_jax.errors import InputError, RunError
 NEIGHBOURS = 100  # Records that are tried in place of a broken one.
 
 
-class Draw:
+def draw(position: int, rng: np.random.Generator) -> tuple[int, list[float]]:
   """Index in the split -> (index, all random numbers of its crop)."""
-
-  def __call__(
-    self, position: int, rng: np.random.Generator
-  ) -> tuple[int, list[float]]:
-    """Draws for one position."""
-    return position, rng.random(RandomCrop.DRAWS + 1).tolist()
+  return position, rng.random(RandomCrop.DRAWS + 1).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +65,7 @@ class Crops:
 
 @dataclasses.dataclass(frozen=True)
 class RandomCrops(Crops):
-  """Results of `Draw` -> a batch to train on.
+  """Results of `draw` -> a batch to train on.
 
   Attributes:
     area, aspect: ranges of the random crop, see `RandomCrop`.

@@ -17,9 +17,9 @@ from skipinit_jax.data.fields import hold_out
 from skipinit_jax.data.loader import (
   CentralCrops,
   Crops,
-  Draw,
   RandomCrops,
   brief,
+  draw,
   iterate,
 )
 from skipinit_jax.data.reading import Unreadable
@@ -133,7 +133,7 @@ class Stream:
       .seed(config.seed)
       .shuffle()
       .repeat(None)
-      .random_map(Draw())
+      .random_map(draw)
     )
     crops = RandomCrops(
       self.train,

@@ -57,11 +57,6 @@ def map_over_devices(
   )
 
 
-def placement(resident: bool) -> Callable[[Any], Any]:
-  """The function that puts a data set's inputs on the devices."""
-  return replicate if resident else shard
-
-
 def replicate(tree: Any) -> Any:
   """Puts a tree on every device of this process, where pmap expects it."""
   return jax.device_put(tree, _sharding())

@@ -6,7 +6,7 @@ from typing import Any
 
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.training import processes
-from skipinit_jax.training.devices import placement
+from skipinit_jax.training.devices import replicate, shard
 from skipinit_jax.training.program import Program
 
 # Metrics are read one call late, see `Reporter.train`: that a process has no
@@ -42,7 +42,8 @@ class Feed:
     """
     self.close()
     data, config = self._program.data, self._program.config
-    self._inputs = data.inputs(placement(data.resident), config, step)
+    place = replicate if data.resident else shard
+    self._inputs = data.inputs(place, config, step)
     self._elements = itertools.islice(self._inputs, self._total - step)
     self._ahead.clear()
     self.trouble = None
