@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.errors import InputError, unknown
 
-MOST = 2**31 - 1
+MOST = 2**31 - 1  # Steps and images are counted in int32.
 
 # Field -> its type, lowest and highest value; a tuple holds two numbers, the
 # lower one first.

@@ -99,12 +99,12 @@ def main(args: Namespace, config: ConfigDict) -> None:
       args.process_id,
       args.heartbeat_seconds,
     )
-    if args.eval_only and args.workdir is None:
-      raise InputError('--eval-only needs the --workdir of a run')
-    workdir = args.workdir or str(_new_workdir(args.config))
     if args.eval_only:
-      print(dumps(evaluate_latest(config, workdir)))
+      if args.workdir is None:
+        raise InputError('--eval-only needs the --workdir of a run')
+      print(dumps(evaluate_latest(config, args.workdir)))
       return
+    workdir = args.workdir or str(_new_workdir(args.config))
     result = train(config, workdir)
   if jax.process_index() == 0:
     print(summary(result, workdir))

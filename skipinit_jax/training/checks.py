@@ -5,6 +5,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from skipinit_jax.data.fields import MOST
 from skipinit_jax.errors import InputError, check_folder, unknown
 from skipinit_jax.models.activations import ACTIVATIONS
 from skipinit_jax.models.looks_linear import KERNEL_INITS
@@ -12,7 +13,6 @@ from skipinit_jax.models.parameters import LEAVES
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.network import build_method
 from skipinit_jax.training.optimizer import peak_rate
-from skipinit_jax.training.timetable import MOST
 
 CHOICES = {
   'model.name': ('wide_resnet', 'resnet'),

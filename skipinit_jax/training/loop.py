@@ -79,7 +79,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     record_changes(workdir, config, changes, step)
     reporter = _open_reporter(workdir, config, times, step, state)
     at_end.callback(reporter.close)
-    reporter.say(describe(program, state, times, workdir))
+    if jax.process_index() == 0:
+      say(describe(program, state, times, workdir))
     warm_up(program, state)
     feed = Feed(program, times.total)
     at_end.callback(feed.close)

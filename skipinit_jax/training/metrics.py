@@ -89,7 +89,7 @@ class Reporter:
       except OSError as error:
         raise self._not_written(error) from None
       for sentence in said:
-        self.say(sentence)
+        say(sentence)
     self._bad_share.resume(start, lines)
     evals = [line['step'] for line in lines if 'eval' in line]
     self.evaluated = processes.from_first(max(evals, default=0))
@@ -182,11 +182,6 @@ class Reporter:
     self.evaluated = step
     self.restart_clock(step)
     self._eval = f', test top-1 {results["eval"]["top1"]:.3f}'
-
-  def say(self, line: str) -> None:
-    """Prints a line to standard error, above the progress line."""
-    if self._writes:
-      tqdm.tqdm.write(line, file=sys.stderr)
 
   def unreadable(self, names: Sequence[str]) -> int:
     """Names images of this process that could not be read; their number."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.files import DamagedFile, read_json, set_aside, write_json
@@ -119,10 +120,8 @@ def last_train(state: TrainState) -> dict[str, float]:
 def largest_norms(params: Any, number: int = 5) -> dict[str, float]:
   """The parameters with the largest norms, largest first."""
   norms = {
-    jax.tree_util.keystr(path, simple=True, separator='/'): float(
-      jnp.linalg.norm(leaf)
-    )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    name: float(jnp.linalg.norm(leaf))
+    for name, leaf in flatten_dict(params, sep='/').items()
   }
   largest = sorted(norms, key=lambda name: norms[name], reverse=True)[:number]
   return {name: norms[name] for name in largest}

@@ -4,10 +4,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from skipinit_jax.data.fields import MOST
 from skipinit_jax.errors import InputError
-
-# Steps and images are counted in int32.
-MOST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
