@@ -77,32 +77,25 @@ class RandomCrops(Crops):
   flip: bool
 
   def __call__(self, draws: list[tuple[int, list[float]]]) -> dict[str, Any]:
-    """Loads a batch."""
-    batch = self.empty(len(draws))
+    """Loads a batch; in place of a broken image the next whole one."""
+    batch, size = self.empty(len(draws)), len(self.records)
     for row, (position, (*numbers, side)) in enumerate(draws):
       crop = RandomCrop(self.size, self.area, self.aspect, numbers)
-      self._fill_whole(batch, row, position, crop)
+      flaws = []
+      for step in range(min(NEIGHBOURS, size)):
+        flaw = self.fill(batch, row, (position + step) % size, crop)
+        if flaw is None:
+          break
+        flaws.append(flaw)
+      else:
+        raise InputError(
+          f'{len(flaws)} images in a row are broken; the last: '
+          f'{brief(flaws[-1])}'
+        )
+      batch['broken'] += flaws[:1]  # The others count at their own positions.
       if self.flip and side < 0.5:
         mirror(batch['image'][row])
     return batch
-
-  def _fill_whole(
-    self, batch: dict[str, Any], row: int, position: int, crop: RandomCrop
-  ) -> None:
-    """Fills a row with an image or, if it is broken, the next whole one."""
-    size = len(self.records)
-    flaw = '', ''
-    for step in range(min(NEIGHBOURS, size)):
-      found = self.fill(batch, row, (position + step) % size, crop)
-      if found is None:
-        return
-      flaw = found
-      if step == 0:  # The others are counted at their own positions.
-        batch['broken'].append(flaw)
-    raise InputError(
-      f'{min(NEIGHBOURS, size)} images in a row are broken; the last: '
-      f'{brief(flaw)}'
-    )
 
 
 @dataclasses.dataclass(frozen=True)
