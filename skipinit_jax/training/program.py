@@ -90,10 +90,10 @@ def make_program(
 
   def initial_state(seed: ArrayLike, rate: ArrayLike) -> steps.TrainState:
     variables = init_variables(model, data.image_shape, seed)
+    ema = config.ema_decay is not None
     return steps.create_state(variables, tx, rate=rate, seed=seed, ema=ema)
 
   normalize = data.augmentation.normalize
-  ema = config.ema_decay is not None
   split = not data.resident
   return Program(
     config=config,
