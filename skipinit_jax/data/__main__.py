@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     '--manual-dir', type=_folder, help="folder of imagenet2012's two archives"
   )
-  command.set_defaults(run=_prepare)
+  command.set_defaults(
+    run=lambda args: print(prepare(args.name, args.data_dir, args.manual_dir))
+  )
 
   command = commands.add_parser(
     'convert', help='rewrite TFRecords that tfds wrote as ArrayRecord'
@@ -49,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     'target', type=cli.folder, help='new folder, NAME/VERSION'
   )
   command.add_argument('--workers', type=workers, help='default: all cores')
-  command.set_defaults(run=_convert)
+  command.set_defaults(
+    run=lambda args: print(convert(args.source, args.target, args.workers))
+  )
 
   command = commands.add_parser(
     'check', help='read and decode every record, and list what is broken'
@@ -61,16 +65,6 @@ def _parser() -> argparse.ArgumentParser:
   )
   command.set_defaults(run=_check)
   return parser
-
-
-def _prepare(args: argparse.Namespace) -> int:
-  print(prepare(args.name, args.data_dir, args.manual_dir))
-  return 0
-
-
-def _convert(args: argparse.Namespace) -> int:
-  print(convert(args.source, args.target, args.workers))
-  return 0
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -88,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   with cli.errors_in_one_line():
     try:
-      return args.run(args)
+      return args.run(args) or 0
     except OSError as error:
       raise InputError(f'{error.filename or ""}: {error.strerror}') from None
 
