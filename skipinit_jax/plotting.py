@@ -1,9 +1,9 @@
 """How every figure of the project looks, and the files it becomes."""
 
+import contextlib
 import io
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,9 +44,11 @@ STANDALONE = (
 )
 
 
-def style() -> AbstractContextManager:
-  """The context in which a figure is drawn: `with style(): ...`."""
-  return matplotlib.rc_context(RC)
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+  """The context in which a figure is drawn, or a decorator: `@style()`."""
+  with matplotlib.rc_context(RC):
+    yield
 
 
 def new_figure(

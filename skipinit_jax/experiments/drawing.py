@@ -129,7 +129,12 @@ def row_axis(axes: Axes, grid: Grid) -> None:
   if max(map(len, positions)) * 0.09 + 0.1 > room:
     for label in axes.get_xticklabels():
       label.set(rotation=45, ha='right', rotation_mode='anchor')
-  axes.set_xlabel(AXES.get(grid.rows.name, grid.rows.name))
+  axes.set_xlabel(row_label(grid))
+
+
+def row_label(grid: Grid) -> str:
+  """The name of the axis of rows."""
+  return AXES.get(grid.rows.name, grid.rows.name)
 
 
 def rate_label(grid: Grid, name: str) -> str:

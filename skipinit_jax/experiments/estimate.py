@@ -29,17 +29,21 @@ def cost(grid: Grid) -> dict[str, float]:
     and backward; cpu_seconds, a rough estimate for one CPU core; device_seconds
     at SUSTAINED_RATE.
   """
-  names = ('runs', 'images', 'flops', 'cpu_seconds')
-  total: dict[str, float] = dict.fromkeys(names, 0.0)
   runs = [make_run(grid, cell, grid.rates[0], 0, TEST) for cell in cells(grid)]
+  # Cells may share theirs.
+  costs = [_run_cost(run) for run in {run.id: run for run in runs}.values()]
   each = (len(grid.rates) + 1) * grid.seeds
-  for run in {run.id: run for run in runs}.values():  # Cells may share theirs.
-    for name, value in run_cost(run).items():
-      total[name] += each * value
-  return total | {'device_seconds': total['flops'] / SUSTAINED_RATE}
+  images, flops, seconds = (each * sum(x) for x in zip(*costs, strict=True))
+  return {
+    'runs': each * len(costs),
+    'images': images,
+    'flops': flops,
+    'cpu_seconds': seconds,
+    'device_seconds': flops / SUSTAINED_RATE,
+  }
 
 
-def run_cost(run: Run) -> dict[str, float]:
+def _run_cost(run: Run) -> tuple[float, float, float]:
   """Images, FLOPs and seconds on a CPU of one run."""
   config = run.config
   data = stand_in(config.data)
@@ -50,12 +54,7 @@ def run_cost(run: Run) -> dict[str, float]:
   )
   flops = 3 * each * images
   by_layers = images / config.batch_size * model.depth * LAYER_SECONDS
-  return {
-    'runs': 1,
-    'images': images,
-    'flops': flops,
-    'cpu_seconds': RUN_SECONDS + max(by_layers, flops / CPU_RATE),
-  }
+  return images, flops, RUN_SECONDS + max(by_layers, flops / CPU_RATE)
 
 
 @functools.cache

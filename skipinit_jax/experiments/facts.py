@@ -1,7 +1,5 @@
 """How a report's numbers came about, in sentences."""
 
-from collections.abc import Iterator
-
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.grid import TEST
 from skipinit_jax.experiments.selection import total_runs
@@ -39,8 +37,10 @@ def make_facts(findings: Findings) -> list[tuple[str, str]]:
       f'{len(outcomes):,} of {total_runs(grid):,} done, {diverged:,} of these '
       f'diverged; {duration(seconds)} of run time in all.',
     ),
-    *_provenance(findings),
   ]
+  for name in ('device', 'revision', 'versions'):
+    values = dict.fromkeys(getattr(outcome, name) for outcome in outcomes)
+    facts.append((name.capitalize(), '; '.join(values)))
   return [(name, text) for name, text in facts if text]
 
 
@@ -89,12 +89,3 @@ def _errors(grid: Grid, sizes: set[int]) -> str:
 
 def _seeds(grid: Grid) -> str:
   return 'one seed' if grid.seeds == 1 else f'{grid.seeds} seeds'
-
-
-def _provenance(findings: Findings) -> Iterator[tuple[str, str]]:
-  """The devices, revisions and versions that the runs name."""
-  outcomes = findings.outcomes.values()
-  for name in ('device', 'revision', 'versions'):
-    values = dict.fromkeys(getattr(outcome, name) for outcome in outcomes)
-    if values:
-      yield name.capitalize(), '; '.join(values)

@@ -13,20 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from skipinit_jax import plotting
-from skipinit_jax.experiments.drawing import (
-  AXES,
-  Point,
-  chance_line,
-  dodge,
-  log_if_wide,
-  new_figure,
-  plot,
-  plot_on_edge,
-  rate_label,
-  row_axis,
-  row_position,
-  thinned,
-)
+from skipinit_jax.experiments import drawing
+from skipinit_jax.experiments.drawing import Point
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell
 from skipinit_jax.experiments.selection import Summary
@@ -42,13 +30,11 @@ class Drawing(NamedTuple):
 
   Attributes:
     name: of the files NAME.svg and NAME.png.
-    heading: shared by all figures of its kind.
     caption: of this figure.
     svg: for a page with several figures.
   """
 
   name: str
-  heading: str
   caption: str
   svg: str
 
@@ -63,14 +49,13 @@ class _Sketch(NamedTuple):
   figure: Figure
 
 
-def write_figures(folder: Path, findings: Findings) -> list[Drawing]:
-  """Writes SVG and PNG files of all that can be drawn so far."""
-  with plotting.style():
-    sketches = list(_sketches(findings))
-  # By kind, whatever the panel.
-  kinds = list(dict.fromkeys(sketch.kind for sketch in sketches))
-  sketches.sort(key=lambda sketch: kinds.index(sketch.kind))
-  return [_write(sketch, folder) for sketch in sketches]
+@plotting.style()
+def write_figures(folder: Path, findings: Findings) -> dict[str, list[Drawing]]:
+  """Writes SVG and PNG files of all that can be drawn so far, by heading."""
+  drawings: dict[str, list[Drawing]] = {}
+  for sketch in _sketches(findings):
+    drawings.setdefault(sketch.heading, []).append(_write(sketch, folder))
+  return drawings
 
 
 def _sketches(findings: Findings) -> Iterator[_Sketch]:
@@ -101,23 +86,23 @@ def _accuracy(
   trained = [s.result.top1 for s in done.values() if s.result and s.trains]
   # Beside points at chance, differences among the others would not show.
   enlarge = fails and bool(trained) and min(trained) > 0.6
-  figure, panels = new_figure(grid, 2 if enlarge else 1)
+  figure, panels = drawing.new_figure(grid, 2 if enlarge else 1)
   for column in grid.columns:
     points = [
       _accuracy_point(grid, summary, chance)
       for summary in _of_column(done, column)
     ]
-    plot(panels[-1], column, points)
+    drawing.plot(panels[-1], column, points)
     if enlarge:
-      plot(panels[0], column, [point for point in points if point.good])
+      drawing.plot(panels[0], column, [point for point in points if point.good])
       panels[0].set_ylabel('those that train (%)')
   axes, name = panels[-1], grid.rows.name
-  row_axis(axes, grid)
+  drawing.row_axis(axes, grid)
   axes.set_ylabel('test accuracy (%)')
   caption = f'Test accuracy against {name}, at the rate chosen for each point.'
   if fails:
     axes.set_ylim(0, 101)
-    chance_line(axes, chance)
+    drawing.chance_line(axes, chance)
     caption += (
       ' Hollow: does not train; on the chance line where all runs diverged.'
     )
@@ -134,7 +119,7 @@ def _accuracy(
 
 def _accuracy_point(grid: Grid, summary: Summary, chance: float) -> Point:
   result: Any = summary.result
-  x = row_position(grid, summary.cell)
+  x = drawing.row_position(grid, summary.cell)
   if result.diverged == result.runs:
     return Point(x, 100 * chance, good=False)
   error = 100 * result.error
@@ -148,12 +133,12 @@ def _held_out(
   means = [m for s in summaries.values() for m in s.by_rate.values()]
   if not means:
     return
-  figure, (top, bottom) = new_figure(grid, 2)
+  figure, (top, bottom) = drawing.new_figure(grid, 2)
   span = max(grid.rates) - min(grid.rates)
   for cell, summary in summaries.items():
     accuracies, losses, infinite = [], [], []
     for rate, mean in summary.by_rate.items():
-      x, error = rate + dodge(grid, cell, span), 100 * mean.error
+      x, error = rate + drawing.dodge(grid, cell, span), 100 * mean.error
       if mean.diverged == mean.runs:
         accuracies.append(Point(x, 100 * chance, good=False))
       else:
@@ -162,19 +147,19 @@ def _held_out(
         infinite.append(x)
       else:
         losses.append(Point(x, mean.loss))
-    plot(top, cell.column, accuracies)
-    plot(bottom, cell.column, losses)
-    plot_on_edge(bottom, cell.column, infinite)
+    drawing.plot(top, cell.column, accuracies)
+    drawing.plot(bottom, cell.column, losses)
+    drawing.plot_on_edge(bottom, cell.column, infinite)
   if min(mean.top1 for mean in means) < 0.5:
     top.set_ylim(0, 101)
-    chance_line(top, chance)
-  log_if_wide(bottom)
+    drawing.chance_line(top, chance)
+  drawing.log_if_wide(bottom)
   if any(mean.loss is None for mean in means):
     corner = bottom.transAxes
     bottom.text(1.01, 1.0, 'not finite', transform=corner, va='center')
   top.set_ylabel('held-out accuracy (%)')
   bottom.set_ylabel('held-out loss')
-  bottom.set_xlabel(rate_label(grid, 'learning rate'))
+  bottom.set_xlabel(drawing.rate_label(grid, 'learning rate'))
   for axes in (top, bottom):
     axes.set_xticks(grid.rates, [power(r) for r in grid.rates])
   rest = [c for c, s in summaries.items() if len(s.by_rate) < len(grid.rates)]
@@ -196,14 +181,14 @@ def _optimal_rates(
   done = {c: s for c, s in summaries.items() if s.rates}
   if not done:
     return
-  figure, (top, bottom) = new_figure(grid, 2)
+  figure, (top, bottom) = drawing.new_figure(grid, 2)
   lowest, highest = min(grid.rates), max(grid.rates)
   for column in grid.columns:
     best, stable, unstable = [], [], []
     for summary in _of_column(done, column):
       rate: Any = summary.rate
       rates: Any = summary.rates
-      x, (low, high) = row_position(grid, summary.cell), rates
+      x, (low, high) = drawing.row_position(grid, summary.cell), rates
       if summary.trains is False:
         best.append(Point(x, rate, good=False))
       else:
@@ -212,9 +197,9 @@ def _optimal_rates(
         unstable.append(Point(x, lowest - 1, good=False))
       else:
         stable.append(Point(x, summary.largest_stable))
-    plot(top, column, best)
-    plot(bottom, column, stable)
-    plot(bottom, column, unstable)
+    drawing.plot(top, column, best)
+    drawing.plot(bottom, column, stable)
+    drawing.plot(bottom, column, unstable)
   powers = {rate: power(rate) for rate in grid.rates}
   for axes, name, ticks in (
     (top, 'optimal rate', powers),
@@ -222,11 +207,11 @@ def _optimal_rates(
   ):
     axes.set_yticks(list(ticks), ticks.values())
     axes.set_ylim(min(ticks) - 0.5, highest + 0.5)
-    axes.set_ylabel(rate_label(grid, name))
-  row_axis(bottom, grid)
+    axes.set_ylabel(drawing.rate_label(grid, name))
+  drawing.row_axis(bottom, grid)
   yield _Sketch(
     'optimal-rates',
-    f'Learning rates against {AXES.get(grid.rows.name, grid.rows.name)}',
+    f'Learning rates against {drawing.row_label(grid)}',
     panel,
     'Above, the optimal learning rate, with the range of rates within error of '
     'it; hollow: does not train. Below, the largest rate at which no seed '
@@ -239,7 +224,7 @@ def _optimal_rates(
 def _losses(findings: Findings, cells: Sequence[Cell]) -> Iterator[_Sketch]:
   """Training loss of a row's test runs."""
   grid = findings.grid
-  figure, (axes,) = new_figure(grid, markers=False)
+  figure, (axes,) = drawing.new_figure(grid, markers=False)
   absent, early = [], []
   for cell in cells:
     curve = findings.curves[cell]
@@ -255,14 +240,14 @@ def _losses(findings: Findings, cells: Sequence[Cell]) -> Iterator[_Sketch]:
       early.append(cell)
       continue
     style = plotting.line_style(cell.column)
-    x, y = zip(*thinned(points), strict=True)
+    x, y = zip(*drawing.thinned(points), strict=True)
     axes.plot(x, y, linewidth=1.5, **style)
     if curve.diverged:
       cross = {'color': style['color'], 'ms': 9, 'mew': 2.5}
       axes.plot(x[-1], y[-1], 'x', clip_on=False, **cross)
   if not axes.lines:
     return
-  log_if_wide(axes)
+  drawing.log_if_wide(axes)
   axes.set(xlabel='epoch', ylabel='training loss')
   axes.set_xlim(left=0)
   yield _Sketch(
@@ -286,7 +271,7 @@ def _alphas(findings: Findings, cells: Sequence[Cell]) -> Iterator[_Sketch]:
       break
   else:
     return
-  lines = thinned(lines)
+  lines = drawing.thinned(lines)
   epochs = [line['epoch'] for line in lines]
   names = list(lines[0]['alpha'])
   every = math.ceil(len(names) / BLOCKS)
@@ -341,6 +326,4 @@ def _write(sketch: _Sketch, folder: Path) -> Drawing:
   svg, _ = plotting.save(sketch.figure, folder, name)
   where = sketch.where
   caption = f'{where[0].upper()}{where[1:]}. ' if where else ''
-  return Drawing(
-    name, sketch.heading, caption + sketch.caption, plotting.svg_for_page(svg)
-  )
+  return Drawing(name, caption + sketch.caption, plotting.svg_for_page(svg))

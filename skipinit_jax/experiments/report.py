@@ -1,7 +1,6 @@
 """A study's report: a page that needs nothing but itself, and Markdown."""
 
 import importlib.resources
-import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,6 @@ def write_report(study: Study, grid: Grid, dataset: str, workdir: Path) -> Path:
 def make_content(findings: Findings) -> dict[str, Any]:
   """The values that both templates show."""
   study, grid, workdir = findings.study, findings.grid, findings.workdir
-  drawings = write_figures(workdir / 'figures', findings)
-  groups = itertools.groupby(drawings, lambda drawing: drawing.heading)
   return {
     'findings': findings,
     'workdir': workdir,
@@ -59,7 +56,7 @@ def make_content(findings: Findings) -> dict[str, Any]:
     'title': f'{study.title}: {dataset_name(findings.dataset)}',
     'state': state_of(findings),
     'tables': list(make_tables(findings)),
-    'figures': [(heading, list(group)) for heading, group in groups],
+    'figures': write_figures(workdir / 'figures', findings),
     'facts': make_facts(findings),
     'anchors': {cell: f'runs-{i}' for i, cell in enumerate(findings.runs, 1)},
     'names': {cell: cell_name(grid, cell) for cell in findings.runs},

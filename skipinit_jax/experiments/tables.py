@@ -1,7 +1,7 @@
 """A report's tables, before they are rendered."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from skipinit_jax.experiments.findings import Findings
@@ -80,20 +80,22 @@ def _accuracies(findings: Findings, panel: str) -> Table:
   ]
   if any(_at_the_edge(grid, summary) for summary in summaries):
     notes.append(EDGE)
-  return Table(
-    _title(panel, 'Test accuracy and optimal learning rate'),
-    _heads(grid, ('accuracy (%)', 'optimal rate')),
-    _rows(findings, panel, lambda f, c: (_ours(f, c), _rates(f, c))),
+  return _by_method(
+    findings,
+    panel,
+    'Test accuracy and optimal learning rate',
+    {'accuracy (%)': _ours, 'optimal rate': _rates},
     notes,
   )
 
 
 def _losses_and_rates(findings: Findings, panel: str) -> Table:
   """Training loss and the largest stable rate."""
-  return Table(
-    _title(panel, 'Training loss at the end and largest stable learning rate'),
-    _heads(findings.grid, ('training loss', 'largest stable rate')),
-    _rows(findings, panel, lambda f, c: (_loss(f, c), _stable_rate(f, c))),
+  return _by_method(
+    findings,
+    panel,
+    'Training loss at the end and largest stable learning rate',
+    {'training loss': _loss, 'largest stable rate': _stable_rate},
     [
       'Training loss: of the test runs, the last that was logged. Stable: no '
       'seed diverged.'
@@ -148,30 +150,27 @@ def _published_elsewhere(study: Study) -> Table:
   )
 
 
-def _heads(grid: Grid, names: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
-  """The columns of a table in the grid's form: some for each method."""
-  groups = [(VARIANTS[column].label, names) for column in grid.columns]
-  return [(grid.rows.name, ()), *groups]
-
-
-def _rows(
+def _by_method(
   findings: Findings,
   panel: str,
-  entries: Callable[[Findings, Cell], Sequence[Entry]],
-) -> list[list[Entry]]:
-  """The rows of such a table; `entries` makes those of one cell."""
+  caption: str,
+  columns: Mapping[str, Callable[[Findings, Cell], Entry]],
+  notes: Sequence[str],
+) -> Table:
+  """A table in the grid's form, with these columns for each method."""
   grid = findings.grid
-  return [
-    [
-      Entry(row),
-      *(
-        entry
-        for column in grid.columns
-        for entry in entries(findings, Cell(panel, row, column))
-      ),
+  groups = [(VARIANTS[method].label, list(columns)) for method in grid.columns]
+  rows = [
+    [Entry(row)]
+    + [
+      entry(findings, Cell(panel, row, method))
+      for method in grid.columns
+      for entry in columns.values()
     ]
     for row in grid.rows.values
   ]
+  heads = [(grid.rows.name, ()), *groups]
+  return Table(_title(panel, caption), heads, rows, notes)
 
 
 def _ours(findings: Findings, cell: Cell) -> Entry:
