@@ -114,10 +114,7 @@ def run(args: argparse.Namespace, texts: list[tuple[str, str]]) -> None:
   for kind in KINDS if args.kind == 'all' else [args.kind]:
     start = time.perf_counter()
     print(f'{kind} ...', file=sys.stderr, flush=True)
-    if checkpoint is None or kind == 'shattered':
-      measured = measure(kind, config, args.out)
-    else:
-      measured = measure_run(kind, checkpoint)
+    measured = measure(kind, config, args.out, checkpoint)
     write_json(args.out / f'{kind}.json', plain(measured))
     drawn = KINDS[kind].draw(measured, args.out)
     seconds = time.perf_counter() - start
@@ -154,57 +151,57 @@ def check(config: ConfigDict) -> None:
     make_timetable(each, data.train_size)
 
 
-def measure(kind: str, config: ConfigDict, out: Path) -> Mapping[Any, Any]:
-  """The arrays of one analysis of every method; runs are in OUT/runs."""
+def measure(
+  kind: str, config: ConfigDict, out: Path, checkpoint: epath.Path | None
+) -> Mapping[Any, Any]:
+  """The arrays of one analysis.
+
+  Args:
+    kind: of KINDS.
+    config: a recipe, of which every method is measured.
+    out: trained networks are in OUT/runs.
+    checkpoint: a run, or one of its checkpoints, to measure instead.
+  """
+  run = None
+  if checkpoint:
+    run = load_run(checkpoint)
+    config = run.config
+  method, depth = config.model.method, config.model.depth
   match kind:
+    case 'propagation' if run:
+      model, variables, images, _ = networks.of_run(run, 128)
+      captured = propagation.beside_theory(
+        capture(model, variables, images, train=False),
+        run.model,
+        project_first=config.model.width != 1,
+      )
+      return {depth: {method: captured}}
+    case 'curvature' if run:
+      return {depth: {method: curvature.measure_run(run)}}
+    case 'training' if checkpoint:
+      return along_training.measure({method: checkpoint})
+    case 'training':
+      workdirs = {name: out / 'runs' / name for name in METHODS}
+      for name, each in each_method(config).items():
+        train(each, workdirs[name])
+      return along_training.measure(workdirs)
+    case 'paths' if run:
+      network = networks.of_run(run, 32)
+      return {method: paths.measure(*network, train=False)}
     case 'paths':
-      starts = {
-        name: networks.at_start(each, 32)
-        for name, each in each_method(config).items()
-      }
+      configs = each_method(config).items()
+      starts = {name: networks.at_start(each, 32) for name, each in configs}
       return {name: paths.measure(*start) for name, start in starts.items()}
+    case 'lesions' if run:
+      return {method: lesions.measure(*networks.of_run(run))}
     case 'lesions':
       return {
         name: lesions.measure(*networks.trained(each, out / 'runs' / name))
         for name, each in each_method(config).items()
         if name != 'none'  # Does not train.
       }
-    case 'training':
-      workdirs = {name: out / 'runs' / name for name in METHODS}
-      for name, each in each_method(config).items():
-        train(each, workdirs[name])
-      return along_training.measure(workdirs)
-    case _:
+    case _:  # Of networks of its own.
       return KINDS[kind].measure()
-
-
-def measure_run(kind: str, checkpoint: epath.Path) -> Mapping[Any, Any]:
-  """The arrays of one analysis of a run, or of one of its checkpoints."""
-  run = load_run(checkpoint)
-  method, depth = run.config.model.method, run.config.model.depth
-  match kind:
-    case 'propagation':
-      model, variables, images, _ = networks.of_run(run, 128)
-      captured = propagation.beside_theory(
-        capture(model, variables, images, train=False),
-        run.model,
-        project_first=run.config.model.width != 1,
-      )
-      return {depth: {method: captured}}
-    case 'curvature':
-      loss = curvature.training_loss(run.model, run.data)
-      found = curvature.largest_eigenvalue(
-        loss, run.variables['params'], jax.random.key(0)
-      )
-      arrays = {name: np.array([x]) for name, x in found._asdict().items()}
-      return {depth: {method: arrays}}
-    case 'training':
-      return along_training.measure({method: checkpoint})
-    case 'paths':
-      network = networks.of_run(run, 32)
-      return {method: paths.measure(*network, train=False)}
-    case _:
-      return {method: lesions.measure(*networks.of_run(run))}
 
 
 def each_method(config: ConfigDict) -> dict[str, ConfigDict]:

@@ -92,41 +92,37 @@ def _limit(run: Saved) -> float:
   return 2 * (1 + run.config.optimizer.momentum) / rate
 
 
+@plotting.style()
 def draw(measured: Measured, out: Path) -> list[Path]:
   """Draws the arrays of `measure`: SVG and PNG files in the folder `out`.
 
   Above, the effective depth; below, the largest eigenvalue and, thin and in the
   same color, the limit of stability.
   """
-  with plotting.style():
-    figure, (depths, eigenvalues) = plotting.new_figure(
-      2, height=5, sharex=True
-    )
-    for method, found in measured.items():
-      style = plotting.line_style(method)
-      label = VARIANTS[method].label
-      depths.plot(
-        found['epoch'], found['effective_depth'], label=label, **style
-      )
-      at = found['checkpoint_epoch']
-      if (good := np.isfinite(found['eigenvalue'])).any():
-        eigenvalues.plot(
-          at[good],
-          found['eigenvalue'][good],
-          markersize=4,
-          **plotting.marked_style(method),
-        )
-      finite = np.isfinite(found['limit'])
+  figure, (depths, eigenvalues) = plotting.new_figure(2, height=5, sharex=True)
+  for method, found in measured.items():
+    style = plotting.line_style(method)
+    label = VARIANTS[method].label
+    depths.plot(found['epoch'], found['effective_depth'], label=label, **style)
+    at = found['checkpoint_epoch']
+    if (good := np.isfinite(found['eigenvalue'])).any():
       eigenvalues.plot(
-        at[finite], found['limit'][finite], linewidth=0.8, zorder=1, **style
+        at[good],
+        found['eigenvalue'][good],
+        markersize=4,
+        **plotting.marked_style(method),
       )
-    depths.set_ylabel('effective depth (branches)')
-    depths.set_ylim(bottom=0)
-    plotting.log_axis(eigenvalues)
-    eigenvalues.set_ylabel('largest eigenvalue')
-    eigenvalues.set_xlabel('epoch')
-    handles, labels = depths.get_legend_handles_labels()
-    handles.append(plotting.handle(color='gray', linewidth=0.8))
-    labels.append('limit at the rate')
-    plotting.legend(figure, handles, labels, columns=2)
-    return plotting.save(figure, out, 'training')
+    finite = np.isfinite(found['limit'])
+    eigenvalues.plot(
+      at[finite], found['limit'][finite], linewidth=0.8, zorder=1, **style
+    )
+  depths.set_ylabel('effective depth (branches)')
+  depths.set_ylim(bottom=0)
+  plotting.log_axis(eigenvalues)
+  eigenvalues.set_ylabel('largest eigenvalue')
+  eigenvalues.set_xlabel('epoch')
+  handles, labels = depths.get_legend_handles_labels()
+  handles.append(plotting.handle(color='gray', linewidth=0.8))
+  labels.append('limit at the rate')
+  plotting.legend(figure, handles, labels, columns=2)
+  return plotting.save(figure, out, 'training')

@@ -24,6 +24,7 @@ from skipinit_jax.data import open_dataset
 from skipinit_jax.data.resident import Resident
 from skipinit_jax.errors import InputError
 from skipinit_jax.training.config import default_config
+from skipinit_jax.training.saved import Saved
 from skipinit_jax.training.step import cross_entropy
 from skipinit_jax.variants import VARIANTS
 
@@ -135,14 +136,23 @@ def measure(
       key, start = jax.random.split(jax.random.key(seed))
       params = model.init(key, like, train=False)['params']
       found.append(largest_eigenvalue(loss, params, start))
-    return {
-      'value': np.array([each.value for each in found]),
-      'error': np.array([each.error for each in found]),
-    }
+    return _as_arrays(found)
 
   return {d: {v: of_variant(d, v) for v in DRAWN} for d in depths}
 
 
+def measure_run(run: Saved) -> dict[str, np.ndarray]:
+  """'value' and 'error' of a run's network, float64 (1,)."""
+  loss = training_loss(run.model, run.data)
+  key = jax.random.key(0)
+  return _as_arrays([largest_eigenvalue(loss, run.variables['params'], key)])
+
+
+def _as_arrays(found: Sequence[Eigenvalue]) -> dict[str, np.ndarray]:
+  return dict(zip(Eigenvalue._fields, np.array(found).T, strict=True))
+
+
+@plotting.style()
 def draw(
   measured: Mapping[int, Mapping[str, Mapping[str, np.ndarray]]], out: Path
 ) -> list[Path]:
@@ -153,31 +163,30 @@ def draw(
   the quadratic around the start is stable.
   """
   depths = list(measured)
-  with plotting.style():
-    figure, panels = plotting.new_figure(2, height=4.6, sharex=True)
-    for i, column in enumerate(measured[depths[0]]):
-      aside = np.add(depths, 0.15 * (i - 1))  # Or ranges would hide each other.
-      values = np.stack([measured[d][column]['value'] for d in depths])
-      for axes, y in zip(panels, (values, 2 / values), strict=True):
-        middle = np.median(y, 1)
-        axes.errorbar(
-          aside,
-          middle,
-          (middle - y.min(1), y.max(1) - middle),
-          **plotting.marked_style(column),
-          capsize=3,
-          elinewidth=1,
-          label=VARIANTS[column].label,
-        )
-    for axes in panels:
-      plotting.log_axis(axes)
-    panels[0].set_ylabel('largest eigenvalue')
-    panels[1].set_ylabel('2 / largest eigenvalue')
-    panels[1].set_xlabel('depth (layers)')
-    panels[1].set_xticks(depths)
-    labels = panels[0].get_legend_handles_labels()
-    plotting.legend(figure, *labels, columns=2)
-    return plotting.save(figure, out, 'curvature')
+  figure, panels = plotting.new_figure(2, height=4.6, sharex=True)
+  for i, column in enumerate(measured[depths[0]]):
+    aside = np.add(depths, 0.15 * (i - 1))  # Or ranges would hide each other.
+    values = np.stack([measured[d][column]['value'] for d in depths])
+    for axes, y in zip(panels, (values, 2 / values), strict=True):
+      middle = np.median(y, 1)
+      axes.errorbar(
+        aside,
+        middle,
+        (middle - y.min(1), y.max(1) - middle),
+        **plotting.marked_style(column),
+        capsize=3,
+        elinewidth=1,
+        label=VARIANTS[column].label,
+      )
+  for axes in panels:
+    plotting.log_axis(axes)
+  panels[0].set_ylabel('largest eigenvalue')
+  panels[1].set_ylabel('2 / largest eigenvalue')
+  panels[1].set_xlabel('depth (layers)')
+  panels[1].set_xticks(depths)
+  labels = panels[0].get_legend_handles_labels()
+  plotting.legend(figure, *labels, columns=2)
+  return plotting.save(figure, out, 'curvature')
 
 
 def training_loss(

@@ -15,10 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from matplotlib.axes import Axes
-from scipy.stats import kendalltau
 
 from skipinit_jax import plotting
-from skipinit_jax.analysis.paths import changed_joins, find_blocks, unrolled
+from skipinit_jax.analysis.paths import (
+  changed_joins,
+  find_blocks,
+  some_blocks,
+  unrolled,
+)
 from skipinit_jax.errors import InputError
 from skipinit_jax.variants import VARIANTS
 
@@ -67,6 +71,8 @@ def measure(
   for name, value in (('draws', draws), ('points', points)):
     if value < 1:
       raise InputError(f'{name}={value} must be 1 or more')
+  from scipy.stats import kendalltau  # Here, since it takes a second to import.
+
   model, variables = unrolled(model, variables)
   blocks = find_blocks(model, variables, images)
   error = error_without(model, blocks, images, labels)
@@ -74,7 +80,7 @@ def measure(
   nothing = np.zeros(n, bool)
   deleted = np.unique(np.linspace(1, n, points).round().astype(int))
   several = [
-    [error(variables, _random(rng, n, count)) for _ in range(draws)]
+    [error(variables, some_blocks(rng, n, count)) for _ in range(draws)]
     for count in deleted
   ]
   groups = equal_blocks(variables, blocks)
@@ -229,6 +235,7 @@ def reorder(
   return out
 
 
+@plotting.style()
 def draw(
   measured: Mapping[str, Mapping[str, np.ndarray]], out: Path
 ) -> list[Path]:
@@ -238,21 +245,20 @@ def draw(
     measured: name in `VARIANTS` -> arrays of `measure`.
     out: folder.
   """
-  with plotting.style():
-    figure, panels = plotting.new_figure(3, 1)
-    for method, result in measured.items():
-      _draw_method(panels, method, result)
-    single, several, swapped = panels
-    single.set_xlabel('the block deleted (dots: transitions)')
-    several.set_xlabel('number of random blocks deleted')
-    swapped.set_xlabel("Kendall's tau of the blocks' order")
-    swapped.invert_xaxis()
-    for axes in panels:
-      axes.set_ylabel('test error (%)')
-      axes.set_ylim(bottom=0)
-    labels = single.get_legend_handles_labels()
-    plotting.legend(figure, *labels, columns=3)
-    return plotting.save(figure, out, 'lesions')
+  figure, panels = plotting.new_figure(3, 1)
+  for method, result in measured.items():
+    _draw_method(panels, method, result)
+  single, several, swapped = panels
+  single.set_xlabel('the block deleted (dots: transitions)')
+  several.set_xlabel('number of random blocks deleted')
+  swapped.set_xlabel("Kendall's tau of the blocks' order")
+  swapped.invert_xaxis()
+  for axes in panels:
+    axes.set_ylabel('test error (%)')
+    axes.set_ylim(bottom=0)
+  labels = single.get_legend_handles_labels()
+  plotting.legend(figure, *labels, columns=3)
+  return plotting.save(figure, out, 'lesions')
 
 
 def _draw_method(
@@ -267,7 +273,11 @@ def _draw_method(
   single.plot(numbers, errors, linewidth=1.2, label=label, **style)
   changes = result['transitions']
   single.plot(numbers[changes], errors[changes], marker='o', **dots)
-  _band(several, result['deleted'], result['several'], style)
+  draws, errors = result['deleted'], 100 * result['several']
+  several.plot(draws, errors.mean(1), marker='o', markersize=3.5, **style)
+  # The range of the draws.
+  shade = {'color': style['color'], 'alpha': 0.2, 'linewidth': 0}
+  several.fill_between(draws, errors.min(1), errors.max(1), **shade)
   taus, errors = result['tau'].ravel(), 100 * result['swapped'].ravel()
   swapped.plot(taus, errors, marker='.', **dots)
   whole = 100 * float(result['whole'])
@@ -275,32 +285,11 @@ def _draw_method(
     axes.axhline(whole, color=dots['color'], linewidth=0.8, alpha=0.7, zorder=0)
 
 
-def _band(
-  axes: Axes, x: np.ndarray, errors: np.ndarray, style: Mapping[str, Any]
-) -> None:
-  """Mean over the draws, and their range."""
-  axes.plot(x, 100 * errors.mean(1), marker='o', markersize=3.5, **style)
-  axes.fill_between(
-    x,
-    100 * errors.min(1),
-    100 * errors.max(1),
-    color=style['color'],
-    alpha=0.2,
-    linewidth=0,
-  )
-
-
 def _delete(deleted: jax.Array) -> Callable:
   def change(block, skip, branch):
     return skip, jnp.where(deleted[block], 0, branch)
 
   return change
-
-
-def _random(rng: np.random.Generator, n: int, count: int) -> np.ndarray:
-  chosen = np.zeros(n, bool)
-  chosen[rng.choice(n, count, replace=False)] = True
-  return chosen
 
 
 def _at(tree: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ import optax
 from matplotlib.ticker import MaxNLocator
 
 from skipinit_jax import plotting
+from skipinit_jax.analysis.propagation import path_lengths
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.skipinit import Join
 from skipinit_jax.models.stages import STACKED, unstack_blocks
@@ -209,9 +210,8 @@ def measure(
   norms = [[] for _ in range(n + 1)]
   for length in range(n + 1):
     for _ in range(1 if length in (0, n) else samples):
-      selection = np.zeros(n, bool)
-      selection[rng.choice(n, length, replace=False)] = True
-      norms[length].append(_norms(*gradient(jnp.asarray(selection))))
+      selection = jnp.asarray(some_blocks(rng, n, length))
+      norms[length].append(_norms(*gradient(selection)))
   means = np.array([np.mean(rows, axis=0) for rows in norms])
   errors = [
     np.std(rows, axis=0, ddof=1)[0] / len(rows) ** 0.5
@@ -227,6 +227,13 @@ def measure(
   }
 
 
+def some_blocks(rng: np.random.Generator, n: int, count: int) -> np.ndarray:
+  """`count` of n blocks at random: bool (n,)."""
+  chosen = np.zeros(n, bool)
+  chosen[rng.choice(n, count, replace=False)] = True
+  return chosen
+
+
 def weigh(norm: np.ndarray) -> dict[str, np.ndarray]:
   """Weighs a norm by path length with the number of paths of that length.
 
@@ -240,9 +247,7 @@ def weigh(norm: np.ndarray) -> dict[str, np.ndarray]:
   2.0
   """
   n = len(norm) - 1
-  paths = np.ones(1)
-  for _ in range(n):
-    paths = np.convolve(paths, (0.5, 0.5))
+  paths = path_lengths(np.full(n, 0.5))
   product = paths * norm
   with np.errstate(invalid='ignore'):
     gradient = product / product.sum()
@@ -250,6 +255,7 @@ def weigh(norm: np.ndarray) -> dict[str, np.ndarray]:
   return {'paths': paths, 'gradient': gradient, 'effective_depth': depth}
 
 
+@plotting.style()
 def draw(
   measured: Mapping[str, Mapping[str, np.ndarray]], out: Path
 ) -> list[Path]:
@@ -268,31 +274,30 @@ def draw(
       'no path has a gradient; expected a classifier that does not start at '
       'zero: --config.model.classifier_init=he, or a trained network'
     )
-  with plotting.style():
-    figure, (lengths, norms, shares) = plotting.new_figure(3, 1, sharex=True)
-    paths = next(iter(measured.values()))['paths']
-    lengths.bar(np.arange(len(paths)), paths, color='0.6')
-    lengths.set_ylabel('share of all paths')
-    lone = 10.0  # Size of the marker of a method with one length, hollow.
-    for method, result in measured.items():
-      style = plotting.line_style(method) | {'marker': 'o', 'markersize': 3}
-      length = np.flatnonzero(result['norm'] > 0)
-      if len(length) == 1:
-        style |= {'markersize': lone, 'markerfacecolor': 'none'}
-        lone -= 4
-      label = f'{VARIANTS[method].label} (mean {result["effective_depth"]:.1f})'
-      norms.plot(length, result['norm'][length], label=label, **style)
-      shares.plot(length, result['gradient'][length], **style)
-    norms.set_yscale('log')
-    norms.set_ylim(max(SHOWN * largest, norms.get_ylim()[0]), 10 * largest)
-    plotting.log_axis(norms)
-    norms.set_ylabel("norm of a path's gradient")
-    shares.set_ylabel('share of the gradient')
-    shares.xaxis.set_major_locator(MaxNLocator(integer=True))
-    shares.set_xlabel('path length (branches passed)')
-    plotting.legend(figure, *norms.get_legend_handles_labels(), columns=2)
-    figure.align_ylabels()
-    return plotting.save(figure, out, 'paths')
+  figure, (lengths, norms, shares) = plotting.new_figure(3, 1, sharex=True)
+  paths = next(iter(measured.values()))['paths']
+  lengths.bar(np.arange(len(paths)), paths, color='0.6')
+  lengths.set_ylabel('share of all paths')
+  lone = 10.0  # Size of the marker of a method with one length, hollow.
+  for method, result in measured.items():
+    style = plotting.line_style(method) | {'marker': 'o', 'markersize': 3}
+    length = np.flatnonzero(result['norm'] > 0)
+    if len(length) == 1:
+      style |= {'markersize': lone, 'markerfacecolor': 'none'}
+      lone -= 4
+    label = f'{VARIANTS[method].label} (mean {result["effective_depth"]:.1f})'
+    norms.plot(length, result['norm'][length], label=label, **style)
+    shares.plot(length, result['gradient'][length], **style)
+  norms.set_yscale('log')
+  norms.set_ylim(max(SHOWN * largest, norms.get_ylim()[0]), 10 * largest)
+  plotting.log_axis(norms)
+  norms.set_ylabel("norm of a path's gradient")
+  shares.set_ylabel('share of the gradient')
+  shares.xaxis.set_major_locator(MaxNLocator(integer=True))
+  shares.set_xlabel('path length (branches passed)')
+  plotting.legend(figure, *norms.get_legend_handles_labels(), columns=2)
+  figure.align_ylabels()
+  return plotting.save(figure, out, 'paths')
 
 
 def _gate(x: jax.Array, opened: jax.Array) -> jax.Array:

@@ -225,6 +225,7 @@ def table(measured: Measured) -> str:
   return markdown.table([['depth', 'blocks', *labels], *rows])
 
 
+@plotting.style()
 def draw(measured: Measured, out: Path) -> list[Path]:
   """Draws what `measure` returns: SVG and PNG files in the folder `out`.
 
@@ -234,11 +235,10 @@ def draw(measured: Measured, out: Path) -> list[Path]:
   out.mkdir(parents=True, exist_ok=True)
   (out / 'effective_depth.md').write_text(table(measured))
   files = []
-  with plotting.style():
-    for depth, by_column in measured.items():
-      files += _draw_moments(depth, by_column, out)
-    files += _draw_shares(measured, out)
-    files += _draw_path_lengths(measured, out)
+  for depth, by_column in measured.items():
+    files += _draw_moments(depth, by_column, out)
+  files += _draw_shares(measured, out)
+  files += _draw_path_lengths(measured, out)
   return files
 
 
@@ -316,12 +316,10 @@ def _draw_shares(measured: Measured, out: Path) -> list[Path]:
         axes.plot(blocks, theory, **THEORY, zorder=3)
     plotting.log_axis(axes)
   handles, labels = _handles(measured)
-  shares = [
-    captured['share'] for captured in next(iter(measured.values())).values()
-  ]
+  first = next(iter(measured.values())).values()
   labels = [
-    label if share.any() else f'{label} (share 0)'
-    for label, share in zip(labels, shares, strict=True)
+    label if captured['share'].any() else f'{label} (share 0)'
+    for label, captured in zip(labels, first, strict=True)
   ]
   handles.append(plotting.handle(**THEORY))
   plotting.legend(figure, handles, [*labels, 'theory'], columns=2)
@@ -336,12 +334,11 @@ def _draw_path_lengths(measured: Measured, out: Path) -> list[Path]:
     for column, captured in by_column.items():
       chances = path_lengths(captured['share'])
       last = max(last, int(np.flatnonzero(chances > 1e-4)[-1]))
-      marker = '.' if len(chances) < 60 else ''
       style = plotting.line_style(column)
+      style['marker'] = '.' if len(chances) < 60 else ''
       if np.count_nonzero(chances) == 1:
-        style, marker = plotting.line_style(column), 'o'
-        style['linestyle'] = 'none'
-      axes.plot(chances, marker=marker, **style)
+        style |= {'marker': 'o', 'linestyle': 'none'}
+      axes.plot(chances, **style)
     plotting.log_axis(axes)
     axes.set_ylim(1e-4, 1.3)
     axes.set_xlim(-0.02 * last, last)

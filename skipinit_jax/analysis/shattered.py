@@ -226,6 +226,7 @@ def measure(
   return measured
 
 
+@plotting.style()
 def draw(measured: Mapping[str, np.ndarray], out: Path) -> list[Path]:
   """Draws the arrays of `measure` as the paper's figure 2, a panel a network.
 
@@ -233,23 +234,21 @@ def draw(measured: Mapping[str, np.ndarray], out: Path) -> list[Path]:
   """
   networks = [name for name in NETWORKS if name in measured]
   rows = -(-len(networks) // 2)
-  viridis = matplotlib.colormaps['viridis']
-  count = len(measured['depths'])
-  colors = [viridis(0.05 + 0.75 * i / max(count - 1, 1)) for i in range(count)]
-  with plotting.style():
-    figure, panels = plotting.new_figure(
-      rows, 2, width=5.4, height=1.5 * rows + 0.6, sharey=True
-    )
-    for axes in panels[len(networks) :]:
-      axes.remove()
-    for axes, network in zip(panels, networks, strict=False):
-      _draw_panel(axes, measured, network, colors)
-    for axes in panels[: len(networks)][-2:]:
-      axes.set_xlabel('lag (steps of the grid)')
-    for axes in panels[::2]:
-      axes.set_ylabel('autocorrelation')
-    plotting.legend(figure, *panels[0].get_legend_handles_labels(), columns=3)
-    return plotting.save(figure, out, 'shattered')
+  places = np.linspace(0.05, 0.8, len(measured['depths']))
+  colors = list(matplotlib.colormaps['viridis'](places))
+  figure, panels = plotting.new_figure(
+    rows, 2, width=5.4, height=1.5 * rows + 0.6, sharey=True
+  )
+  for axes in panels[len(networks) :]:
+    axes.remove()
+  for axes, network in zip(panels, networks, strict=False):
+    _draw_panel(axes, measured, network, colors)
+  for axes in panels[: len(networks)][-2:]:
+    axes.set_xlabel('lag (steps of the grid)')
+  for axes in panels[::2]:
+    axes.set_ylabel('autocorrelation')
+  plotting.legend(figure, *panels[0].get_legend_handles_labels(), columns=3)
+  return plotting.save(figure, out, 'shattered')
 
 
 def _draw_panel(
