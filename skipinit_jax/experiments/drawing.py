@@ -59,11 +59,11 @@ def plot(
   """
   if not points:
     return
-  errors = [[p.low for p in points], [p.high for p in points]]
+  x, y, low, high, good = map(np.array, zip(*points, strict=True))
   axes.errorbar(
-    [p.x for p in points],
-    [p.y for p in points],
-    errors if any(map(any, errors)) else None,
+    x,
+    y,
+    (low, high) if low.any() or high.any() else None,
     elinewidth=1.2,
     capsize=2.5,
     clip_on=False,
@@ -71,16 +71,10 @@ def plot(
   )
   style: dict[str, Any] = plotting.marked_style(column)
   style = style | {'linestyle': 'none'} | options
-  for good in (True, False):
-    some = [p for p in points if p.good == good]
-    if some:
-      axes.plot(
-        [p.x for p in some],
-        [p.y for p in some],
-        markerfacecolor=style['color'] if good else 'none',
-        clip_on=False,
-        **style,
-      )
+  for some, face in ((good, style['color']), (~good, 'none')):
+    if some.any():
+      style['markerfacecolor'] = face
+      axes.plot(x[some], y[some], clip_on=False, **style)
 
 
 def plot_on_edge(axes: Axes, column: str, x: Sequence[float]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell
 from skipinit_jax.experiments.selection import Summary
 from skipinit_jax.experiments.studies import Grid
-from skipinit_jax.experiments.words import cell_name, power
+from skipinit_jax.experiments.words import cell_name, power, row_name
 
 BLOCKS = 48  # Whose scalars are drawn, at most.
 Summaries = Mapping[Cell, Summary]
@@ -68,8 +69,7 @@ def _sketches(findings: Findings) -> Iterator[_Sketch]:
     for row in grid.rows.values:
       in_row = {c: s for c, s in summaries.items() if c.row == row}
       yield from _held_out(grid, in_row, findings.chance[VALIDATION])
-    for row in grid.rows.values:
-      yield from _losses(findings, [c for c in summaries if c.row == row])
+      yield from _losses(findings, list(in_row))
     for column in grid.columns:
       of_column = [c for c in summaries if c.column == column]
       yield from _alphas(findings, of_column)
@@ -166,7 +166,7 @@ def _held_out(
   yield _Sketch(
     'rates',
     'Accuracy and loss against learning rate',
-    _row_name(grid, next(iter(summaries))),
+    row_name(grid, next(iter(summaries))),
     'Accuracy and loss on the held-out training images against the learning '
     'rate. Hollow on the chance line: all seeds diverged.'
     + _missing(grid, rest, 'Not all rates are done'),
@@ -253,7 +253,7 @@ def _losses(findings: Findings, cells: Sequence[Cell]) -> Iterator[_Sketch]:
   yield _Sketch(
     'loss',
     'Training loss',
-    _row_name(grid, cells[0]),
+    row_name(grid, cells[0]),
     'Training loss of the first test run at the chosen rate; a cross where it '
     'diverged.'
     + _missing(grid, early, 'Diverged before a finite loss was logged')
@@ -276,8 +276,8 @@ def _alphas(findings: Findings, cells: Sequence[Cell]) -> Iterator[_Sketch]:
   names = list(lines[0]['alpha'])
   every = math.ceil(len(names) / BLOCKS)
   # Without the ends, which are lost on white or on black.
-  viridis = matplotlib.colormaps['viridis']
-  colors = ListedColormap([viridis(0.12 + 0.68 * i / 63) for i in range(64)])
+  places = np.linspace(0.12, 0.8, 64)
+  colors = ListedColormap(matplotlib.colormaps['viridis'](places))
   norm = Normalize(1, max(len(names), 2))
   figure, (axes,) = plotting.new_figure(height=2.8)
   for number, name in list(enumerate(names, 1))[::every]:
@@ -306,11 +306,6 @@ def _alphas(findings: Findings, cells: Sequence[Cell]) -> Iterator[_Sketch]:
 
 def _of_column(summaries: Summaries, column: str) -> list[Summary]:
   return [s for cell, s in summaries.items() if cell.column == column]
-
-
-def _row_name(grid: Grid, cell: Cell) -> str:
-  row = f'{grid.rows.name} {cell.row}'
-  return f'{cell.panel}, {row}' if cell.panel else row
 
 
 def _missing(

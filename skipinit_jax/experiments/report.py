@@ -9,20 +9,13 @@ import jinja2
 from markupsafe import Markup, escape
 
 from skipinit_jax import markdown
+from skipinit_jax.experiments import words
 from skipinit_jax.experiments.facts import make_facts, state_of
 from skipinit_jax.experiments.figures import write_figures
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.selection import Outcome
 from skipinit_jax.experiments.studies import Grid, Study
 from skipinit_jax.experiments.tables import Table, make_tables
-from skipinit_jax.experiments.words import (
-  DASH,
-  MINUS,
-  SUPERSCRIPTS,
-  cell_name,
-  dataset_name,
-  rate_text,
-)
 
 FILES = ('config.json', 'metrics.jsonl', 'result.json')
 
@@ -53,14 +46,14 @@ def make_content(findings: Findings) -> dict[str, Any]:
     'findings': findings,
     'workdir': workdir,
     'study': study,
-    'title': f'{study.title}: {dataset_name(findings.dataset)}',
+    'title': f'{study.title}: {words.dataset_name(findings.dataset)}',
     'state': state_of(findings),
     'tables': list(make_tables(findings)),
     'figures': write_figures(workdir / 'figures', findings),
     'facts': make_facts(findings),
     'anchors': {cell: f'runs-{i}' for i, cell in enumerate(findings.runs, 1)},
-    'names': {cell: cell_name(grid, cell) for cell in findings.runs},
-    'rates': {rate: rate_text(grid, rate) for rate in grid.rates},
+    'names': {cell: words.cell_name(grid, cell) for cell in findings.runs},
+    'rates': {rate: words.rate_text(grid, rate) for rate in grid.rates},
     'numbers': _numbers,
     'files': lambda run: [
       name for name in FILES if (run.folder(workdir) / name).exists()
@@ -75,7 +68,7 @@ def _numbers(outcome: Outcome | None) -> list[str]:
   return [
     outcome.status,
     f'{100 * outcome.top1:.2f}',
-    DASH if outcome.loss is None else f'{outcome.loss:.4g}',
+    words.DASH if outcome.loss is None else f'{outcome.loss:.4g}',
     f'{outcome.steps:,}',
     f'{outcome.seconds:,.1f}',
   ]
@@ -119,10 +112,10 @@ def _with_superscripts(text: str) -> Markup:
   >>> _with_superscripts('x < 2³')
   Markup('x &lt; 2<sup>3</sup>')
   """
-  digits = str.maketrans(SUPERSCRIPTS, f'{MINUS}0123456789')
+  digits = str.maketrans(words.SUPERSCRIPTS, f'{words.MINUS}0123456789')
   return Markup(
     re.sub(
-      f'[{SUPERSCRIPTS}]+',
+      f'[{words.SUPERSCRIPTS}]+',
       lambda match: f'<sup>{match[0].translate(digits)}</sup>',
       escape(text),
     )

@@ -42,20 +42,15 @@ class Results:
     self._known: dict[str, Outcome | None] = {}
     self.problems: dict[str, str] = {}
 
-  def __call__(self, run: Run) -> Outcome | None:
+  def __call__(self, run: Run, *, again: bool = False) -> Outcome | None:
     """The outcome of a run; None if not finished or not readable."""
-    if run.id not in self._known:
-      self.read(run)
-    return self._known[run.id]
-
-  def read(self, run: Run) -> Outcome | None:
-    """As a call, but reads the file again."""
-    self.problems.pop(run.id, None)
-    self._known[run.id] = None
-    try:
-      self._known[run.id] = read_outcome(run.folder(self._workdir))
-    except ValueError as error:
-      self.problems[run.id] = str(error)
+    if again or run.id not in self._known:
+      self.problems.pop(run.id, None)
+      self._known[run.id] = None
+      try:
+        self._known[run.id] = read_outcome(run.folder(self._workdir))
+      except ValueError as error:
+        self.problems[run.id] = str(error)
     return self._known[run.id]
 
 
@@ -65,7 +60,16 @@ def open_study(workdir: Path, study: Study, grid: Grid, dataset: str) -> None:
   Raises:
     InputError: the folder holds another study or grid, or can't be made.
   """
-  ours = describe(study, grid, dataset)
+  ours = {
+    'study': study.name,
+    'dataset': dataset,
+    'panels': list(grid.panels.values),
+    'rows': list(grid.rows.values),
+    'columns': list(grid.columns),
+    'rates': list(grid.rates),
+    'seeds': grid.seeds,
+    'overrides': dict(grid.overrides),
+  }
   path = workdir / STUDY
   if path.exists():
     theirs = read_study(workdir)
@@ -94,20 +98,6 @@ def read_study(workdir: Path) -> dict[str, Any]:
     raise InputError(
       f'{workdir} holds no study; start one by `run STUDY --workdir={workdir}`'
     ) from None
-
-
-def describe(study: Study, grid: Grid, dataset: str) -> dict[str, Any]:
-  """A study and its grid as plain data."""
-  return {
-    'study': study.name,
-    'dataset': dataset,
-    'panels': list(grid.panels.values),
-    'rows': list(grid.rows.values),
-    'columns': list(grid.columns),
-    'rates': list(grid.rates),
-    'seeds': grid.seeds,
-    'overrides': dict(grid.overrides),
-  }
 
 
 def run_study(
@@ -142,7 +132,7 @@ def run_study(
       )
       for future in [f for f in running if f in ended]:
         run = running.pop(future)
-        outcome = results.read(run)
+        outcome = results(run, again=True)
         if outcome is None:
           status = future.exception() or future.result()
           failed.append(f'{run.title}: {reason(run, workdir, status)}')

@@ -52,11 +52,15 @@ def duration(seconds: float) -> str:
   return f'{seconds / 86400:,.1f} days'
 
 
+def row_name(grid: Grid, cell: Cell) -> str:
+  """A cell's row by its panel and row."""
+  row = f'{grid.rows.name} {cell.row}'
+  return f'{cell.panel}, {row}' if cell.panel else row
+
+
 def cell_name(grid: Grid, cell: Cell) -> str:
   """A cell by its panel, row and column."""
-  label = VARIANTS[cell.column].label
-  parts = (cell.panel, f'{grid.rows.name} {cell.row}', label)
-  return ', '.join(part for part in parts if part)
+  return f'{row_name(grid, cell)}, {VARIANTS[cell.column].label}'
 
 
 def dataset_name(name: str) -> str:
