@@ -63,7 +63,12 @@ def run() -> None:
       batch, results = find_batch(config, where)
       figures: Any = {'batch_size': batch, 'tried': results}
       print(table(results))
-      print(_largest(batch, where.chips))
+      print(
+        f'largest power of two that fits: --config.batch_size={batch}, '
+        f'{batch // where.chips} images a chip'
+        if batch
+        else 'not one image a device fits'
+      )
     elif args.find_micro_batches:
       figures = results = find_micro_batches(config, where)
       print(table(results))
@@ -106,15 +111,6 @@ def table(results: list[dict[str, Any]]) -> str:
       row += f'does not fit, by {r["over_bytes"] / GIB:.2f} GiB'
     rows.append(row + ('  <- cheapest' if r.get('cheapest') else ''))
   return '\n'.join(rows)
-
-
-def _largest(batch: int, chips: int) -> str:
-  if not batch:
-    return 'not one image a device fits'
-  return (
-    f'largest power of two that fits: --config.batch_size={batch}, '
-    f'{batch // chips} images a chip'
-  )
 
 
 def _number(name: str, value: Any) -> str:

@@ -99,7 +99,9 @@ def compute(
   state = jax.eval_shape(program.initial_state, 0, 0.0)
   message = {name: _shape((n,), np.int32) for name in ('stop', 'replaced')}
   if data.resident:
-    inputs = _resident(data)
+    # What `Resident.inputs` yields.
+    pixels = data.train_size, math.prod(data.image_shape)
+    inputs = _shape(pixels, np.uint8), _shape(pixels[:1], np.int32)
   else:
     inputs = _batch((n, config.batch_size // n), data)
   return program, data, (state, inputs, message, 1)
@@ -237,13 +239,6 @@ def _lacking(message: str) -> float:
   unit = {u: 1024.0**i for i, u in enumerate(('', *'KMGT'))}
   needed, needed_unit, there, there_unit = found.groups()
   return float(needed) * unit[needed_unit] - float(there) * unit[there_unit]
-
-
-def _resident(data: Dataset) -> tuple:
-  """Shapes of what `Resident.inputs` yields."""
-  n = data.train_size
-  pixels = math.prod(data.image_shape)
-  return _shape((n, pixels), np.uint8), _shape((n,), np.int32)
 
 
 def _batch(rows: tuple[int, ...], data: Dataset) -> tuple:
