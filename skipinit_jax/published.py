@@ -1,4 +1,4 @@
-"""Figures that the papers publish, with their sources. Data only.
+"""Figures that the papers publish, with their sources.
 
 Each table is keyed by `variants.VARIANTS`, then by depth or batch size.
 """
@@ -88,32 +88,23 @@ FIRST_EPOCH = {
   },
 }
 
+
+def _by_batch(*figures: tuple[float, float]) -> dict[int, Accuracy]:
+  """Top-1 and top-5 at batches of 256, 1024 and 4096 images."""
+  return {
+    batch: Accuracy(top1, top5=top5)
+    for batch, (top1, top5) in zip((256, 1024, 4096), figures, strict=True)
+  }
+
+
 # De & Smith 2020, table 3: ResNet50-V2 on ImageNet, by batch size.
 IMAGENET_SOURCE = f'{DE_SMITH}, table 3'
 IMAGENET = {
-  'imagenet:batchnorm': {
-    256: Accuracy(75.0, top5=92.2),
-    1024: Accuracy(74.9, top5=92.1),
-    4096: Accuracy(74.9, top5=91.9),
-  },
-  'imagenet:fixup': {
-    256: Accuracy(74.8, top5=91.8),
-    1024: Accuracy(74.6, top5=91.7),
-    4096: Accuracy(73.0, top5=90.6),
-  },
-  'imagenet:skipinit': {
-    256: Accuracy(74.9, top5=91.9),
-    1024: Accuracy(74.6, top5=91.8),
-    4096: Accuracy(70.8, top5=89.2),
-  },
-  'imagenet:fixup_dropout': {
-    256: Accuracy(75.8, top5=92.5),
-    1024: Accuracy(75.6, top5=92.5),
-    4096: Accuracy(74.8, top5=91.8),
-  },
-  'imagenet:regularized_skipinit': {
-    256: Accuracy(75.6, top5=92.4),
-    1024: Accuracy(75.5, top5=92.5),
-    4096: Accuracy(72.7, top5=90.7),
-  },
+  'imagenet:batchnorm': _by_batch((75.0, 92.2), (74.9, 92.1), (74.9, 91.9)),
+  'imagenet:fixup': _by_batch((74.8, 91.8), (74.6, 91.7), (73.0, 90.6)),
+  'imagenet:skipinit': _by_batch((74.9, 91.9), (74.6, 91.8), (70.8, 89.2)),
+  'imagenet:fixup_dropout': _by_batch((75.8, 92.5), (75.6, 92.5), (74.8, 91.8)),
+  'imagenet:regularized_skipinit': _by_batch(
+    (75.6, 92.4), (75.5, 92.5), (72.7, 90.7)
+  ),
 }

@@ -104,11 +104,7 @@ VARIANTS: dict[str, Variant] = {
     _BIASED_SKIPINIT, 'SkipInit + Biases', SKY, '^', ':'
   ),
   'imagenet:fixup_dropout': Variant(
-    _PLAIN_FIXUP | _DROPOUT,
-    'Fixup + Dropout',
-    GREEN,
-    'D',
-    '-.',
+    _PLAIN_FIXUP | _DROPOUT, 'Fixup + Dropout', GREEN, 'D', '-.'
   ),
   'imagenet:regularized_skipinit': Variant(
     _BIASED_SKIPINIT | _DROPOUT, 'Regularized SkipInit', BLUE, 'o', '-'
