@@ -173,7 +173,7 @@ def test_layers_compute_what_flax_computes(ours, theirs, given, dtype):
 TPU = """
 import json, sys
 import jax
-from tests.narrow_sums import narrow_sums
+from skipinit_jax.ahead_of_time.counts import narrow_sums
 from skipinit_jax.ahead_of_time.chips import topology
 from skipinit_jax.ahead_of_time.measure import compute
 from skipinit_jax.training.recipes import load_recipe

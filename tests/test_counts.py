@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from narrow_sums import narrow_sums
 from runs import by_tpu_compiler
 
-from skipinit_jax.ahead_of_time.counts import Counts, count
+from skipinit_jax.ahead_of_time.counts import Counts, count, narrow_sums
 from skipinit_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
