@@ -6,21 +6,9 @@ import os
 import shutil
 import tempfile
 
-# Before JAX is imported, for all workers and the programs that tests start.
-# TEST_DEVICES=1 runs everything on one device, TEST_OPTIMIZE=1 the machine code
-# that users run: most of the time goes into compiling, so LLVM does little, and
-# what one worker has compiled is read by the others.
-if 'PYTEST_XDIST_WORKER' not in os.environ:
-  flags = [os.environ.get('XLA_FLAGS', '')]
-  if os.environ.get('TEST_OPTIMIZE') != '1':
-    flags += [
-      '--xla_backend_optimization_level=0',
-      '--xla_llvm_disable_expensive_passes=true',
-    ]
-  devices = os.environ.get('TEST_DEVICES', '4')
-  flags += [f'--xla_force_host_platform_device_count={devices}']
-  os.environ['XLA_FLAGS'] = ' '.join(flags)
+# Before JAX is imported, also for the programs that tests start.
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# What one worker has compiled is read by the other.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp()
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'])
@@ -28,7 +16,12 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 
 import jax
 import pytest
+from runs import xla_flags
 
+# TEST_DEVICES=1 runs everything on one device.
+os.environ['XLA_FLAGS'] = xla_flags(os.environ.get('TEST_DEVICES', '4'))
+jax.devices()
+os.environ['XLA_FLAGS'] = ''  # The TPU compiler knows fewer.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 

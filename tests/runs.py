@@ -34,9 +34,19 @@ TINY = (
 
 
 def xla_flags(devices):
-  """The flags of tests, for another number of fake devices."""
-  number = f'--xla_force_host_platform_device_count={devices}'
-  return f'{os.environ["XLA_FLAGS"]} {number}'  # The last one is taken.
+  """Flags for fake devices, and for programs that run for a moment.
+
+  Most of the time of tests goes into compiling, so LLVM does little; with
+  TEST_OPTIMIZE=1 they run the machine code that users run.
+  """
+  flags = [f'--xla_force_host_platform_device_count={devices}']
+  if os.environ.get('TEST_OPTIMIZE') != '1':
+    flags += [
+      '--xla_backend_optimization_level=0',
+      '--xla_llvm_disable_expensive_passes=true',
+      '--xla_cpu_use_fusion_emitters=false',
+    ]
+  return ' '.join(flags)
 
 
 def start(workdir, *flags, devices=1, **environment):
