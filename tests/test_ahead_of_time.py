@@ -106,6 +106,7 @@ def test_automatic_dtype_and_scan_are_those_of_the_chip():
   assert (model.dtype, model.scan) == ('bfloat16', True)
 
 
+@pytest.mark.slow
 def test_a_batch_is_chosen_without_touching_the_whole_data_set():
   pytest.importorskip('libtpu')
   config = cifar10.get_config()

@@ -1,6 +1,7 @@
 """Every example runs; and the arithmetic of the private one."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import xla_flags
 
 from examples import private
 from skipinit_jax.models import ResNet
@@ -35,6 +37,7 @@ def test_examples_end_well(name):
   done = subprocess.run(
     [sys.executable, '-m', f'examples.{name}', *short],
     cwd=ROOT,
+    env={**os.environ, 'XLA_FLAGS': xla_flags(1)},
     capture_output=True,
     text=True,
     check=False,

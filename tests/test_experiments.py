@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, finish, wait_for
+from runs import ROOT, finish, wait_for, xla_flags
 from studies import GRID
 
 from skipinit_jax.errors import InputError
@@ -141,7 +141,8 @@ def outcomes(workdir):
   }
 
 
-def test_a_study_of_real_runs(tmp_path):
+def test_a_study_of_real_runs(tmp_path, monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', xla_flags(1))
   with engines.local(tmp_path, jobs=2) as submit:
     assert runner.run_study(GRID, tmp_path, submit) == []
   for good, bad in outcomes(tmp_path).values():

@@ -242,6 +242,7 @@ def test_a_mistake_is_one_line(args, line, runs, tmp_path, monkeypatch, capsys):
   assert line in err[0]
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path):
   """From training to a classified digit, as a user runs it."""
   end = subprocess.run(

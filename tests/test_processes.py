@@ -67,6 +67,7 @@ def test_two_processes_go_on_from_one_and_are_stopped_together(tmp_path):
   assert result['status'] == 'completed'
 
 
+@pytest.mark.slow  # As in the test above, without a stop.
 def test_two_processes_train_as_one(tmp_path):
   run(tmp_path / 'one', *SYNCED, devices=4)
   ends = [finish(p) for p in start_two(tmp_path / 'two', *SYNCED)]
