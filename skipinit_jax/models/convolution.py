@@ -25,7 +25,7 @@ def convolve(
 
   The convolutions that JAX derives for a gradient have unusual layouts. For
   CPUs XLA brings them into the usual one, but not inside loops: there they are
-  30 to 40 times slower (https://github.com/jax-ml/jax/issues/12868). On CPUs
+  up to 40 times slower (https://github.com/jax-ml/jax/issues/12868). On CPUs
   these gradients have the usual layout to begin with, and 2x2 images are
   multiplied by a matrix. On other platforms the program is JAX's own.
 
