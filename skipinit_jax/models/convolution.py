@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 LAYOUTS = ('NHWC', 'HWIO', 'NHWC')
 # Arguments of jax.lax.conv_general_dilated.
@@ -70,14 +71,17 @@ def _convolution(
   return jax.lax.conv_general_dilated(x, kernel, **dict(options))
 
 
-@_convolution.defjvp
+@functools.partial(_convolution.defjvp, symbolic_zeros=True)
 def _convolution_jvp(
-  options: Options,
-  primals: tuple[jax.Array, jax.Array],
-  tangents: tuple[jax.Array, jax.Array],
+  options: Options, primals: tuple[Any, Any], tangents: tuple[Any, Any]
 ) -> tuple[jax.Array, jax.Array]:
   (x, kernel), (dx, dkernel) = primals, tangents
   y = _convolution(x, kernel, options)
+  # A sum with zeros would be kept for the backward pass.
+  if isinstance(dx, SymbolicZero):
+    return y, _of_kernel(x, dkernel, options)
+  if isinstance(dkernel, SymbolicZero):
+    return y, _of_x(dx, kernel, options)
   return y, _of_x(dx, kernel, options) + _of_kernel(x, dkernel, options)
 
 
