@@ -43,7 +43,7 @@ from skipinit_jax.training.recipes import (
   parse_fields,
   set_fields,
 )
-from skipinit_jax.training.saved import find_checkpoint, load_run
+from skipinit_jax.training.saved import Saved, load_run
 from skipinit_jax.training.timetable import make_timetable
 from skipinit_jax.variants import VARIANTS
 
@@ -101,12 +101,12 @@ def run(args: argparse.Namespace, texts: list[tuple[str, str]]) -> None:
   fields = parse_fields(config, texts)
   refuse_unused(args, fields)
   set_fields(config, (DIGITS if args.config == 'digits' else {}) | fields)
-  checkpoint = args.checkpoint
-  if checkpoint is None:
+  checkpoint = saved = None
+  if args.checkpoint is None:
     check(config)
   else:
-    find_checkpoint(checkpoint)
-    checkpoint = epath.Path(checkpoint).expanduser()
+    saved = load_run(args.checkpoint)
+    checkpoint = epath.Path(args.checkpoint).expanduser()
   try:
     args.out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, texts: list[tuple[str, str]]) -> None:
   for kind in KINDS if args.kind == 'all' else [args.kind]:
     start = time.perf_counter()
     print(f'{kind} ...', file=sys.stderr, flush=True)
-    measured = measure(kind, config, args.out, checkpoint)
+    measured = measure(kind, config, args.out, checkpoint, saved)
     write_json(args.out / f'{kind}.json', plain(measured))
     drawn = KINDS[kind].draw(measured, args.out)
     seconds = time.perf_counter() - start
@@ -152,7 +152,11 @@ def check(config: ConfigDict) -> None:
 
 
 def measure(
-  kind: str, config: ConfigDict, out: Path, checkpoint: epath.Path | None
+  kind: str,
+  config: ConfigDict,
+  out: Path,
+  checkpoint: epath.Path | None,
+  run: Saved | None,
 ) -> Mapping[Any, Any]:
   """The arrays of one analysis.
 
@@ -161,11 +165,9 @@ def measure(
     config: a recipe, of which every method is measured.
     out: trained networks are in OUT/runs.
     checkpoint: a run, or one of its checkpoints, to measure instead.
+    run: what was loaded from it.
   """
-  run = None
-  if checkpoint:
-    run = load_run(checkpoint)
-    config = run.config
+  config = run.config if run else config
   method, depth = config.model.method, config.model.depth
   match kind:
     case 'propagation' if run:
