@@ -70,9 +70,8 @@ BASES = {'resnet50': 'example', 'wrn16-4': 'batchnorm'}
 def networks(case: str, platform: str) -> list[str]:
   """The contenders of a case.
 
-  On a CPU a convolution inside a loop is many times slower, so there are no
-  micro-batches and only single steps; several steps per call need data on the
-  device.
+  On a CPU batches are too small to cut, and `cpu_loops` measures loops; several
+  steps per call need data on the device.
   """
   names = list(peers.NETWORKS)
   if importlib.util.find_spec('torch') is None or platform == 'tpu':

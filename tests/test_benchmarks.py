@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import growth, input_pipeline, peers, throughput, tpu_cost
+from benchmarks import (
+  cpu_loops,
+  growth,
+  input_pipeline,
+  peers,
+  throughput,
+  tpu_cost,
+)
 from skipinit_jax.data.stand_in import stand_in
 from skipinit_jax.models import layers
 from skipinit_jax.models.skipinit import SkipInitConv
@@ -99,6 +106,26 @@ def test_speeds_are_medians_and_ratios_are_taken_round_by_round():
   assert 'did not run: CUDA out of memory' in lines[4]
 
 
+@pytest.mark.parametrize('case', cpu_loops.CASES)
+def test_loops_are_recipes_that_can_run(case):
+  for loop in cpu_loops.loops(case):
+    config = cpu_loops.recipe(case, loop)
+    check_config(config, 1)
+    assert config.model.scan == ('scan' in loop)
+    assert (config.micro_batches > 1) == ('micro' in loop)
+    assert (config.steps_per_call > 1) == ('steps' in loop)
+
+
+def test_loops_are_compared_round_by_round():
+  times = {'unrolled': [1, 2, 4], 'scan over blocks': [2, 2, 6]}
+  found = {
+    'milliseconds': times,
+    'compile_seconds': dict.fromkeys(times, 3.0),
+  }
+  last = cpu_loops.table({'digits-40:256': found}).splitlines()[-1]
+  assert last == '|  | scan over blocks | 2.0 | 1.50 (1.00 to 2.00) | 3.0 |'
+
+
 def test_micro_batches_and_several_steps_are_not_for_cpus():
   names = throughput.networks('wrn16-4:32', 'cpu')
   assert not {'micro4', 'calls8', 'torch', 'example'} & {*names}
@@ -111,6 +138,7 @@ def test_micro_batches_and_several_steps_are_not_for_cpus():
     ('tpu_cost', lambda r: tpu_cost.table(r['rows'])),
     ('throughput', lambda r: throughput.table(r['cases'])),
     ('input_pipeline', input_pipeline.table),
+    ('cpu_loops', lambda r: cpu_loops.table(r['cases'])),
   ],
 )
 def test_tables_of_the_docs_are_those_of_the_files(file, table):

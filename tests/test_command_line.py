@@ -119,12 +119,3 @@ def test_a_step_that_does_not_fit_is_one_line_with_a_remedy(tmp_path):
     'while trying to allocate 9GiB.); first try --config.micro_batches=4, then '
     '--config.model.remat=True, then a smaller --config.batch_size\n'
   )
-
-
-def test_loops_on_a_cpu_are_pointed_out(small, tmp_path):
-  assert 'inside a loop' not in small[1][2]
-  status, _, err = finish(
-    start(tmp_path / 'run', *TINY, '--config.model.scan=True')
-  )
-  assert status == 0, err
-  assert 'note: model.scan: on a CPU a convolution inside a loop' in err

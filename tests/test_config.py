@@ -13,7 +13,7 @@ from skipinit_jax.models.methods import METHODS, Method
 from skipinit_jax.training import devices, processes
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.config import default_config
-from skipinit_jax.training.describe import less_memory, loops
+from skipinit_jax.training.describe import less_memory
 from skipinit_jax.training.network import build_method, build_model
 from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.timetable import epochs_to_steps
@@ -264,7 +264,7 @@ def test_parts_of_a_method_can_be_changed():
 @pytest.mark.parametrize(
   ('changes', 'platform', 'dtype', 'scan'),
   [
-    ({'model.depth': 244}, 'cpu', 'float32', False),
+    ({'model.depth': 244}, 'cpu', 'float32', True),
     ({'model.depth': 244}, 'gpu', 'bfloat16', True),
     ({'model.depth': 244}, 'tpu', 'bfloat16', True),
     ({'model.depth': 238}, 'tpu', 'bfloat16', False),
@@ -295,12 +295,6 @@ def test_padding_is_that_of_the_recipe():
   assert not build_model(recipe(), 10).symmetric_padding
   config = recipe({'model.symmetric_padding': True})
   assert build_model(config, 10).symmetric_padding
-
-
-def test_fields_that_loop_are_named():
-  assert loops(default_config()) == []
-  config = recipe({'model.scan': True}, micro_batches=2, steps_per_call=3)
-  assert loops(config) == ['micro_batches', 'steps_per_call', 'model.scan']
 
 
 def test_remedies_leave_out_what_is_done_or_can_not_be():

@@ -20,7 +20,6 @@ from skipinit_jax.models import (
   ResNet18,
   ResNet50,
   WideResNet,
-  convolution,
 )
 from skipinit_jax.models.resnet import drop_by_example
 
@@ -553,73 +552,6 @@ def test_logits_equal_an_implementation_on_arrays(
   expected = compiled(model, reference)(variables, x)
   assert float(expected.std()) > 0.1
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-
-
-# 2x2 images as a matrix product.
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def output_and_gradients(x, kernel, convolve):
-  y, vjp = jax.vjp(convolve, x, kernel)
-  return y, *vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
-
-
-def lax_convolution(x, kernel):
-  return conv(x, {'kernel': kernel})
-
-
-@pytest.mark.parametrize(('inputs', 'outputs'), [(1, 1), (5, 3)])
-def test_the_product_for_2x2_images_is_the_convolution(inputs, outputs):
-  x = normal((3, 2, 2, inputs))
-  kernel = normal((3, 3, inputs, outputs), 1)
-  got = output_and_gradients(x, kernel, convolution.convolve_2x2)
-  expected = output_and_gradients(x, kernel, lax_convolution)
-  for a, b in zip(got, expected, strict=True):
-    assert a.shape == b.shape
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_2x2_images_in_bfloat16_stay_bfloat16():
-  x = normal((3, 2, 2, 4), 0, 'bfloat16')
-  kernel = normal((3, 3, 4, 6), 1, 'bfloat16')
-  y = convolution.convolve_2x2(x, kernel)
-  exact = lax_convolution(x.astype('float32'), kernel.astype('float32'))
-  assert y.dtype == jnp.bfloat16
-  error = np.abs(y.astype('float32') - exact).max()
-  assert error < 2**-7 * np.abs(exact).max()
-
-
-def test_networks_on_8x8_images_take_the_product_for_their_last_stage(
-  monkeypatch,
-):
-  seen = []
-
-  def count(x, kernel):
-    seen.append((x.shape, kernel.shape))
-    return lax_convolution(x, kernel)
-
-  monkeypatch.setattr(convolution, 'convolve_2x2', count)
-  model, shape = WideResNet(10, 1, num_classes=5), (3, 8, 8, 1)
-  init = functools.partial(model.apply, train=False)
-  jax.eval_shape(init, shapes_of(model, shape), jnp.zeros(shape))
-  # Traced twice, to initialize and to apply; the strided one reads 4x4.
-  assert set(seen) == {((3, 2, 2, 64), (3, 3, 64, 64))}
-  # Neither larger images nor strides may take it.
-  seen.clear()
-  small = ResNet((1, 1), num_classes=2, features=4, small_images=True)
-  for size in (5, 8):
-    x = jnp.zeros((1, size, size, 1))
-    jax.eval_shape(
-      functools.partial(small.init, train=False), jax.random.key(0), x
-    )
-  jax.eval_shape(
-    lambda x, k: convolution.convolve(
-      x, k, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    ),
-    jnp.zeros((1, 2, 2, 4)),
-    jnp.zeros((3, 3, 4, 4)),
-  )
-  assert not seen
 
 
 # Dropout by example.

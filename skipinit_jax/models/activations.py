@@ -1,5 +1,6 @@
 """ReLU and concatenated ReLU."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,8 +13,8 @@ Activation = Callable[[jax.Array], jax.Array]
 def relu(x: jax.Array) -> jax.Array:
   """Returns max(x, 0), whose derivative is read from the output.
 
-  The next convolution keeps the output anyway, so the input need not be kept;
-  see `stages.keep_all_but_masks`.
+  The next convolution keeps the output anyway, so that neither the input nor
+  a mask need be kept for the backward pass.
   """
   return jnp.maximum(x, 0)
 
@@ -24,7 +25,13 @@ def _relu_jvp(
 ) -> tuple[jax.Array, jax.Array]:
   (x,), (dx,) = primals, tangents
   y = relu(x)
-  return y, jnp.where(y > 0, dx, jnp.zeros_like(y))
+  return y, _masked(y, dx)
+
+
+# Not to be differentiated with the mask kept: a scan would keep it beside y.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _masked(y: jax.Array, dx: jax.Array) -> jax.Array:
+  return jnp.where(y > 0, dx, jnp.zeros_like(y))
 
 
 def crelu(x: jax.Array) -> jax.Array:

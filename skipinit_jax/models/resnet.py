@@ -22,6 +22,7 @@ from skipinit_jax.models.methods import (
   he_normal,
   resolve_method,
 )
+from skipinit_jax.models.pooling import max_pool
 from skipinit_jax.models.precision import widen
 from skipinit_jax.models.stages import Stage
 
@@ -153,10 +154,7 @@ class ResNet(nn.Module):
     if method.fixup_block:
       x = relu(layers.scalar_bias('bias1')(x))
     if not self.small_images:
-      padding: Any = 'SAME'
-      if self.symmetric_padding:
-        padding = ((1, 1), (1, 1))
-      x = nn.max_pool(x, (3, 3), (2, 2), padding)
+      x = max_pool(x, symmetric=self.symmetric_padding)
 
     for i, stage_size in enumerate(self.stage_sizes):
       width = self.features * 2**i

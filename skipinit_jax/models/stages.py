@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
 
 from skipinit_jax.errors import InputError
 
@@ -76,7 +75,6 @@ class Stage(nn.Module):
       return x
 
     blocks, length = self.block(strides=1, name=STACKED), self.size - 1
-    run = recomputed(run, policy=keep_all_but_masks)
     if not self.remat or self.is_initializing():
       return _scan(run, length)(blocks, x)
     size = group_size(length)
@@ -123,15 +121,6 @@ def group_size(length: int) -> int:
   37
   """
   return max(k for k in range(1, math.isqrt(length) + 1) if length % k == 0)
-
-
-def keep_all_but_masks(primitive: Primitive, *_: Any, **__: Any) -> bool:
-  """The policy of a scanned block's backward pass: keep all but comparisons.
-
-  ReLU's mask is recomputed from its output. Without a policy a scan keeps the
-  masks too, a third of the memory.
-  """
-  return primitive is not jax.lax.gt_p
 
 
 def unstack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:

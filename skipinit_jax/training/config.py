@@ -46,7 +46,7 @@ def default_config() -> ConfigDict:
   # Images in one batch statistic: a number, 'device' or 'all'.
   config.model.statistics_group = '64'
   # Equal blocks of a stage as one scanned block. Unset: if a stage has
-  # `network.SCAN_FROM` blocks or more; never on CPUs, where loops are slow.
+  # `network.SCAN_FROM` blocks or more.
   config.model.scan = placeholder(bool)
   # Keeps only the inputs of blocks for the gradient, computes the rest again:
   # less memory, a third more computation.

@@ -16,16 +16,6 @@ from skipinit_jax.variants import VARIANTS
 LARGE_BATCH = 2048
 
 
-def loops(config: ConfigDict) -> list[str]:
-  """Fields that make a step compute its convolutions inside a loop."""
-  named = {
-    'micro_batches': config.micro_batches > 1,
-    'steps_per_call': config.steps_per_call > 1,
-    'model.scan': config.model.scan,
-  }
-  return [field for field, loop in named.items() if loop]
-
-
 def less_memory(config: ConfigDict) -> str:
   """What to try, in this order, if a step does not fit in memory."""
   remedies = []
@@ -65,11 +55,6 @@ def describe(
     f'training: {times.total:,} steps of {config.batch_size} images, peak rate '
     f'{peak_rate(config):.4g}' + (f', from step {start:,}' if start else ''),
   ]
-  if platform == 'cpu' and (fields := loops(config)):
-    lines.append(
-      f'note: {", ".join(fields)}: on a CPU a convolution inside a loop is 10 '
-      'to 40 times slower (jax issue 12868)'
-    )
   if method.normalize:
     lines.append(f'batch statistics over: {_group(config)}')
   elif config.batch_size >= LARGE_BATCH:

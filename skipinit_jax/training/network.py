@@ -16,8 +16,9 @@ from skipinit_jax.models.resnet import RESNETS, ResNet, WideResNet
 from skipinit_jax.models.stages import unstack_blocks
 from skipinit_jax.training.devices import AXIS
 
-# Blocks in a stage from which an unrolled program takes minutes to compile: for
-# TPUs 48 blocks in all take two minutes, a scan of any number half a minute.
+# Blocks in a stage from which it is scanned: an unrolled program would take
+# minutes to compile. For TPUs 48 blocks in all take two minutes, a scan of any
+# number half a minute.
 SCAN_FROM = 40
 
 
@@ -67,7 +68,7 @@ def build_model(
   check_choices(
     method, network.num_blocks, model.activation, model.kernel_init, model.skip
   )
-  if model.scan is None and platform != 'cpu':
+  if model.scan is None:
     network = network.clone(scan=max(network.stage_sizes) >= SCAN_FROM)
   return network
 
