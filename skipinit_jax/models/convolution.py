@@ -62,11 +62,17 @@ def _is_usual(x: jax.Array, kernel: jax.Array, options: dict[str, Any]) -> bool:
 
 
 def _by_platform(
-  cpu: Callable[[jax.Array, jax.Array], jax.Array], options: dict[str, Any]
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  cpu: Callable[..., jax.Array], options: dict[str, Any]
+) -> Callable[..., jax.Array]:
   """`cpu` on CPUs, elsewhere JAX's convolution with `options`."""
-  default = functools.partial(jax.lax.conv_general_dilated, **options)
-  return functools.partial(jax.lax.platform_dependent, cpu=cpu, default=default)
+
+  def default(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, **options)
+
+  def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+  return convolve
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
