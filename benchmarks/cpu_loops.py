@@ -27,6 +27,7 @@ from benchmarks.throughput import DATA, our_step, spread
 from skipinit_jax import cli
 from skipinit_jax.files import write_json
 from skipinit_jax.models import convolution
+from skipinit_jax.training.devices import set_cpu_flag
 from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.training.result import versions
 
@@ -113,6 +114,7 @@ def main() -> None:
   )
   parser.add_argument('--out', type=cli.file, required=True)
   args = parser.parse_args()
+  set_cpu_flag()
   cases = {c: measure(c, args.rounds, args.seconds) for c in args.cases}
   command = ' '.join(['python', '-m', 'benchmarks.cpu_loops', *sys.argv[1:]])
   write_json(

@@ -45,6 +45,7 @@ from skipinit_jax.training.devices import (
   map_over_devices,
   message,
   replicate,
+  set_cpu_flag,
   shard,
 )
 from skipinit_jax.training.optimizer import peak_rate
@@ -145,6 +146,7 @@ def time_here(network: str, case: str, seconds: float) -> dict[str, float]:
   elif network == 'example':
     step = example_step(images)
   else:
+    set_cpu_flag()  # As our programs do.
     config = peers.recipe(network, DATA[model], images)
     step = our_step(config, network)
     images *= config.steps_per_call

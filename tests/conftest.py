@@ -18,8 +18,11 @@ import jax
 import pytest
 from runs import xla_flags
 
+from skipinit_jax.training.devices import set_cpu_flag
+
 # TEST_DEVICES=1 runs everything on one device.
 os.environ['XLA_FLAGS'] = xla_flags(os.environ.get('TEST_DEVICES', '4'))
+set_cpu_flag()  # As the programs do, which tests compare with.
 jax.devices()
 os.environ['XLA_FLAGS'] = ''  # The TPU compiler knows fewer.
 jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -34,6 +37,9 @@ def refused(function, *args):
   message = str(error.value)
   assert '\n' not in message
   return message
+
+
+CPU_FLAG = f'{devices.CPU_FLAG}=-{devices.CPU_VALUE}'
 
 
 def test_defaults_are_accepted():
@@ -354,6 +360,64 @@ def test_a_deterministic_gpu_needs_its_flag_early(monkeypatch):
   assert devices.DETERMINISTIC in refused(devices.check_devices, config)
   devices.set_deterministic(config)
   devices.check_devices(config)
+
+
+@pytest.mark.parametrize(
+  ('flags', 'platforms', 'machine', 'names', 'expected'),
+  [
+    ('', 'cpu', 'x86_64', 2, CPU_FLAG),
+    ('--xla_a=1', 'cpu', 'x86_64', 2, f'--xla_a=1 {CPU_FLAG}'),
+    ('--xla_cpu_experimental_ynn_fusion_type=', 'cpu', 'x86_64', 2, None),
+    ('a_file', 'cpu', 'x86_64', 2, None),
+    ('', 'cpu', 'aarch64', 2, None),
+    ('', 'cuda', 'x86_64', 2, None),
+    # One of the two names is not in the library.
+    ('', 'cpu', 'x86_64', 1, None),
+  ],
+)
+def test_the_flag_of_cpus_is_set_where_xla_knows_it(
+  monkeypatch, tmp_path, flags, platforms, machine, names, expected
+):
+  known = [devices.CPU_FLAG.removeprefix('--'), devices.CPU_VALUE.upper()]
+  library = tmp_path / 'libjax_common.so'
+  library.write_bytes(b' '.join(name.encode() for name in known[:names]))
+  monkeypatch.setattr(devices.jaxlib, '__file__', str(tmp_path / '__init__.py'))
+  monkeypatch.setattr(devices.platform, 'machine', lambda: machine)
+  monkeypatch.setattr(devices.importlib.util, 'find_spec', lambda name: name)
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  monkeypatch.setenv('XLA_FLAGS', flags)
+  devices.set_cpu_flag()
+  assert os.environ['XLA_FLAGS'] == (flags if expected is None else expected)
+
+
+def test_without_plugins_jax_looks_for_cpus_alone(monkeypatch):
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  for plugins in ([], ['libtpu'], ['jax_plugins']):
+    monkeypatch.setattr(
+      devices.importlib.util,
+      'find_spec',
+      lambda name, plugins=plugins: name if name in plugins else None,
+    )
+    assert devices._only_cpus() == (not plugins)
+
+
+def test_this_xla_takes_the_flag_of_cpus():
+  """An unknown flag or value would end the process."""
+  code = 'import jax; print(jax.devices())'
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    env={**os.environ, 'XLA_FLAGS': CPU_FLAG, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (done.returncode == 0) == all(
+    devices._is_in_jaxlib(name)
+    for name in (
+      devices.CPU_FLAG.removeprefix('--'),
+      devices.CPU_VALUE.upper(),
+    )
+  )
 
 
 def test_one_process_joins_nobody():

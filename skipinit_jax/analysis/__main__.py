@@ -37,6 +37,7 @@ from skipinit_jax.errors import InputError, unknown, unwritable
 from skipinit_jax.files import write_json
 from skipinit_jax.training import train
 from skipinit_jax.training.checks import check_config
+from skipinit_jax.training.devices import set_cpu_flag
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import (
   load_recipe,
@@ -89,6 +90,7 @@ def main() -> None:
   )
   parser.add_argument('--out', type=cli.folder, default=Path('runs/analysis'))
   args, texts = parser.parse_with_fields()
+  set_cpu_flag()
   with cli.errors_in_one_line():
     run(args, texts)
 

@@ -20,7 +20,7 @@ from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.files import dumps
 from skipinit_jax.training import processes
 from skipinit_jax.training.describe import less_memory
-from skipinit_jax.training.devices import set_deterministic
+from skipinit_jax.training.devices import set_cpu_flag, set_deterministic
 from skipinit_jax.training.loop import evaluate_latest, train
 from skipinit_jax.training.recipes import (
   load_recipe,
@@ -90,6 +90,7 @@ def parse(flags: cli.Parser) -> tuple[Namespace, ConfigDict]:
 
 def main(args: Namespace, config: ConfigDict) -> None:
   """Trains, says how it ended, and exits with the run's status."""
+  set_cpu_flag()
   set_deterministic(config)
   with _one_line_each(config):
     processes.initialize(
