@@ -13,7 +13,7 @@ import optax
 from flax.typing import Dtype
 from ml_collections import ConfigDict
 
-from skipinit_jax.models import layers
+from skipinit_jax.models import convolution, layers, resnet
 from skipinit_jax.models.precision import Conv, widen
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.devices import AXIS
@@ -66,10 +66,42 @@ def recipe(network: str, data: str, batch_size: int) -> ConfigDict:
 
 
 def as_network(network: str) -> contextlib.AbstractContextManager:
-  """A context in which our networks are built as `network` names them."""
+  """A context in which our networks are built as `network` names them.
+
+  'jax': with the convolutions and the pool that JAX derives gradients of.
+  """
+  context = contextlib.ExitStack()
   if network == 'activation':
-    return mock.patch.object(layers, 'SkipInitConv', ScaledConv)
-  return contextlib.nullcontext()
+    context.enter_context(mock.patch.object(layers, 'SkipInitConv', ScaledConv))
+  if network == 'jax':
+    for module, name, function in (
+      (layers, 'convolve', convolve_by_jax),
+      (resnet, 'max_pool', max_pool_by_jax),
+    ):
+      context.enter_context(mock.patch.object(module, name, function))
+  return context
+
+
+def convolve_by_jax(
+  x: jax.Array,
+  kernel: jax.Array,
+  strides: Any,
+  padding: Any,
+  *,
+  symmetric: bool = False,
+  **options: Any,
+) -> jax.Array:
+  """`convolution.convolve` without forms for CPUs."""
+  if symmetric:
+    padding = [(size // 2, size // 2) for size in kernel.shape[:2]]
+  options = {'dimension_numbers': convolution.LAYOUTS} | options
+  return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def max_pool_by_jax(x: jax.Array, *, symmetric: bool) -> jax.Array:
+  """`pooling.max_pool` without a form for CPUs."""
+  padding: Any = ((1, 1), (1, 1)) if symmetric else 'SAME'
+  return nn.max_pool(x, (3, 3), (2, 2), padding)
 
 
 class ScaledConv(Conv):
