@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import (
   cpu_loops,
+  cpu_parts,
   growth,
   input_pipeline,
   peers,
@@ -17,7 +18,7 @@ from benchmarks import (
   tpu_cost,
 )
 from skipinit_jax.data.stand_in import stand_in
-from skipinit_jax.models import layers
+from skipinit_jax.models import ResNet, layers
 from skipinit_jax.models.skipinit import SkipInitConv
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.network import build_model
@@ -126,6 +127,50 @@ def test_loops_are_compared_round_by_round():
   assert last == '|  | scan over blocks | 2.0 | 1.50 (1.00 to 2.00) | 3.0 |'
 
 
+@pytest.mark.parametrize(
+  'part', [p for p in cpu_parts.PARTS.values() if not isinstance(p, str)]
+)
+def test_parts_are_timed_that_compute_the_same(part):
+  size, side, *channels = part
+  small = (size, min(side, 8), *channels)
+  ours, theirs = (cpu_parts.make(small, x)() for x in (True, False))
+  assert ours.shape == theirs.shape
+  assert float(abs(theirs).max()) > 0
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_parts_are_shown_by_setting():
+  settings = {s: [[3.0, 1.0], [5.0, 2.0]] for s in cpu_parts.SETTINGS}
+  lines = cpu_parts.table({'a pool': settings}).splitlines()
+  assert lines[0].startswith(
+    "| | JAX's, as it is | ours, as it is | JAX's, flag"
+  )
+  cells = '4.0 (3.0 to 5.0) | 1.5 (1.0 to 2.0)'
+  assert lines[2] == '| a pool | ' + ' | '.join([cells] * 3) + ' |'
+
+
+@pytest.mark.parametrize('symmetric', [False, True])
+def test_the_network_that_jax_differentiates_is_ours(symmetric):
+  x = jnp.ones((2, 16, 16, 3))
+
+  def gradient(network):
+    with peers.as_network(network):
+      model = ResNet(
+        (1, 1), num_classes=4, bottleneck=True, symmetric_padding=symmetric
+      )
+      variables = model.init(jax.random.key(0), x, train=False)
+      loss = lambda v: (model.apply(v, x, train=True) ** 2).sum()  # noqa: E731
+      traced = jax.jit(jax.grad(loss)).trace(variables)
+      return traced.lower().as_text(), jax.grad(loss)(variables)
+
+  (ours, a), (theirs, b) = gradient(''), gradient('jax')
+  assert 'select_and_scatter' in theirs
+  assert 'select_and_scatter' not in ours
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), a, b
+  )
+
+
 def test_micro_batches_and_several_steps_are_not_for_cpus():
   names = throughput.networks('wrn16-4:32', 'cpu')
   assert not {'micro4', 'calls8', 'torch', 'example'} & {*names}
@@ -139,11 +184,13 @@ def test_micro_batches_and_several_steps_are_not_for_cpus():
     ('throughput', lambda r: throughput.table(r['cases'])),
     ('input_pipeline', input_pipeline.table),
     ('cpu_loops', lambda r: cpu_loops.table(r['cases'])),
+    ('cpu_parts', lambda r: cpu_parts.table(r['parts'])),
   ],
 )
 def test_tables_of_the_docs_are_those_of_the_files(file, table):
   report = json.loads((ROOT / 'docs' / f'{file}.json').read_text())
-  assert table(report) in (ROOT / 'docs' / 'measurements.md').read_text()
+  page = 'cpu.md' if file.startswith('cpu') else 'measurements.md'
+  assert table(report) in (ROOT / 'docs' / page).read_text()
 
 
 def test_growth_is_drawn_from_what_was_measured(tmp_path):

@@ -11,11 +11,8 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
 from skipinit_jax.data.augment import Augmentation
-from skipinit_jax.data.resident import Resident, batch_indices, make_resident
+from skipinit_jax.data.resident import Resident, make_resident
 from skipinit_jax.errors import InputError
-
-SIZES = [(12, 4), (12, 12), (12, 5), (12, 7), (12, 11), (5, 12), (1, 3)]
-SIZES += [(12, 1), (12, 24), (12, 13), (7, 20)]
 
 
 def config(name, **fields):
@@ -53,40 +50,6 @@ def resident(n=10, eval_n=7, classes=10):
 
 
 # Batches.
-
-
-@pytest.mark.parametrize(('examples', 'batch'), SIZES)
-def test_every_epoch_shows_every_example_once(examples, batch):
-  epochs = 4
-  steps = -(-epochs * examples // batch)
-  indices = jax.jit(
-    functools.partial(batch_indices, batch_size=batch, num_examples=examples)
-  )
-  key = jax.random.key(3)
-  stream = [int(i) for s in range(steps) for i in indices(key, jnp.int32(s))]
-  for e in range(epochs):
-    epoch = stream[e * examples : (e + 1) * examples]
-    assert sorted(epoch) == list(range(examples))
-
-
-def order(key, epoch, n=64):
-  return tuple(np.asarray(batch_indices(jax.random.key(key), epoch, n, n)))
-
-
-def test_epochs_and_seeds_have_different_orders():
-  orders = {order(key, epoch) for key in range(3) for epoch in range(4)}
-  assert len(orders) == 12
-  assert order(0, 2) == order(0, 2)
-
-
-def test_first_place_is_taken_by_all_examples_alike():
-  n, epochs = 8, 4000
-  first = jax.vmap(lambda e: batch_indices(jax.random.key(0), e, n, n)[0])(
-    jnp.arange(epochs)
-  )
-  counts = np.bincount(first, minlength=n)
-  # Chi-square with 7 degrees of freedom: 29.9 is passed once in 10,000.
-  assert ((counts - epochs / n) ** 2 / (epochs / n)).sum() < 29.9
 
 
 @pytest.mark.parametrize('parts', [1, 2, 3, 6])

@@ -9,12 +9,12 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from skipinit_jax.data.augment import Augmentation, make_augmentation
 from skipinit_jax.data.fields import hold_out
+from skipinit_jax.data.shuffle import batch_indices
 from skipinit_jax.errors import InputError
 
 
@@ -143,36 +143,6 @@ def make_resident(
     eval_labels=eval_labels,
     augmentation=augmentation,
   )
-
-
-def batch_indices(
-  key: jax.Array, step: jax.Array, batch_size: int, num_examples: int
-) -> jax.Array:
-  """Indices into the training split of one step's global batch.
-
-  The epochs' permutations, each drawn from (key, epoch), follow one another
-  without a gap, so that every epoch shows every example exactly once, whatever
-  the batch size.
-
-  Args:
-    key: scalar PRNG key.
-    step: number of the step from 0, an integer scalar.
-    batch_size: global.
-    num_examples: in the training split.
-
-  Returns:
-    int32 (batch_size,), in [0, num_examples).
-  """
-  epoch, offset = jnp.divmod(step * batch_size, num_examples)
-  epochs = 1 + (num_examples - 1 + batch_size - 1) // num_examples
-  if num_examples % batch_size == 0:
-    epochs = 1  # No batch reaches into the next epoch.
-  orders = [
-    jax.random.permutation(jax.random.fold_in(key, epoch + e), num_examples)
-    for e in range(epochs)
-  ]
-  stream = jnp.concatenate(orders)
-  return jax.lax.dynamic_slice_in_dim(stream, offset, batch_size)
 
 
 def _check(
