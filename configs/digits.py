@@ -3,7 +3,7 @@
   python train.py --config=configs/digits.py
 
 Machine: two CPU cores, JAX 0.10.2. Time: 33 s as the run itself reports.
-Result: 98.1 % top-1 on the 360 test images. With --config.model.depth=1000 it
+Result: 98.3 % top-1 on the 360 test images. With --config.model.depth=1000 it
 takes five minutes; see docs/cpu.md. All values are our choice.
 """
 
@@ -36,5 +36,4 @@ def get_config() -> ConfigDict:
   config.optimizer.learning_rate = 2.0**-5
   config.optimizer.l2 = 0.0
   config.schedule.name = 'cosine'
-  config.schedule.warmup_epochs = 1.0
   return config

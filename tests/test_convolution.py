@@ -102,6 +102,8 @@ CASES = [
   ((5, 7), (3, 3), (2, 2), [(1, 1), (1, 1)], 1),
   ((5, 4), (1, 1), (1, 1), 'SAME', 1),
   ((5, 4), (1, 1), (2, 2), 'SAME', 1),
+  ((5, 4), (1, 1), (3, 1), 'VALID', 2),
+  ((5, 4), (1, 1), (2, 1), [(1, 1), (0, 2)], 1),
   ((9, 9), (7, 7), (2, 2), [(3, 3), (3, 3)], 1),
   ((2, 2), (3, 3), (1, 1), 'SAME', 1),
   ((1, 1), (3, 3), (1, 1), 'SAME', 1),
@@ -202,9 +204,10 @@ def test_on_cpus_all_convolutions_of_a_loop_have_the_usual_layout(strides):
   assert set(layouts[1]) > {'b01f_01io->b01f'}
 
 
-def test_elsewhere_the_convolutions_are_those_that_jax_derives():
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_elsewhere_the_convolutions_are_those_that_jax_derives(platform):
   def convolutions(conv):
-    program = gradient_in_a_loop(conv, (2, 2), 'tpu').as_text()
+    program = gradient_in_a_loop(conv, (2, 2), platform).as_text()
     lines = re.findall(r'stablehlo\.convolution\(.*', program)
     return sorted(re.sub(r'%[\w#]+', '', line) for line in lines)
 

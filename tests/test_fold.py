@@ -222,6 +222,8 @@ def test_no_multiplication_is_left(method):
     'gather',
     'transpose',
     'copy',
+    'platform_index',
+    'cond',
   }
   assert used(*fold(model, params)) <= computing | mean | moving
 

@@ -60,7 +60,6 @@ DIGITS = {
   'model.depth': 40,
   'epochs': 8.0,
   'optimizer.learning_rate': 2.0**-4,
-  'schedule.warmup_epochs': 0.0,
   # With zeros no gradient reaches the blocks.
   'model.classifier_init': 'he',
   # For the analysis along training.

@@ -135,7 +135,6 @@ DIGITS = {
   'eval_every_epochs': 8.0,
   'checkpoint_every_steps': 100,
   'optimizer.l2': 5e-4,
-  'schedule.warmup_epochs': 0.0,
   'watch_every_steps': 45,
 }
 CIFAR = {'model.width': 2, 'eval_every_epochs': 10.0, 'watch_every_steps': 500}

@@ -79,9 +79,11 @@ def _by_platform(
 def _convolution(
   x: jax.Array, kernel: jax.Array, options: Options
 ) -> jax.Array:
-  if _is_product(kernel, dict(options)):
-    return _of_product(x, kernel, options)
-  return jax.lax.conv_general_dilated(x, kernel, **dict(options))
+  arguments = dict(options)
+  if _is_product(kernel, arguments):
+    product = functools.partial(_product, **arguments)
+    return _by_platform(product, arguments)(x, kernel)
+  return jax.lax.conv_general_dilated(x, kernel, **arguments)
 
 
 @functools.partial(_convolution.defjvp, symbolic_zeros=True)
@@ -136,8 +138,7 @@ def _of_kernel(x: jax.Array, dkernel: jax.Array, **options: Any) -> jax.Array:
   return y.transpose(2, 0, 1, 3)
 
 
-@_form
-def _of_product(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+def _product(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
   """A 1x1 convolution.
 
   XLA's CPU convolution takes up to 5 times as long for the kernel's gradient.
@@ -147,6 +148,9 @@ def _of_product(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
   pixels = x.reshape(-1, x.shape[-1])
   y = jnp.matmul(pixels, kernel[0, 0], precision=options.get('precision'))
   return y.reshape(*x.shape[:-1], -1)
+
+
+_of_product = _form(_product)  # Of either argument.
 
 
 def convolve_2x2(x: jax.Array, kernel: jax.Array) -> jax.Array:
