@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import tqdm
@@ -67,12 +66,11 @@ def make(part: tuple[int, ...] | str, ours: bool) -> Callable[[], Any]:
     def forward(kernel: jax.Array, x: jax.Array) -> jax.Array:
       return conv(x, kernel, (1, 1), 'SAME')
   else:
-    pool = functools.partial(max_pool, symmetric=False)
-    arg, theirs = x, functools.partial(nn.max_pool, strides=(2, 2))
+    arg, pool = x, max_pool if ours else peers.max_pool_by_jax
 
     def forward(arg: jax.Array, x: jax.Array) -> jax.Array:
       del x
-      return pool(arg) if ours else theirs(arg, (3, 3), padding='SAME')
+      return pool(arg, symmetric=False)
 
   def gradient(arg: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.vjp(lambda arg: forward(arg, x), arg)[1](y)[0]

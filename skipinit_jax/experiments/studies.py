@@ -189,9 +189,7 @@ DEPTH = Study(
   'scalar, and not without?',
   grids={
     'digits': on_digits(
-      rows=depths(16, 40, 100, 1000),
-      columns=DEPTH_COLUMNS,
-      rates=(-6, -4, -3, -2),
+      rows=depths(16, 40, 100), columns=DEPTH_COLUMNS, rates=(-6, -4, -3, -2)
     ),
     **on_cifar(
       rows=depths(16, 100, 1000),

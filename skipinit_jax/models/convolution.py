@@ -51,9 +51,9 @@ def convolve(
 
 def _is_usual(x: jax.Array, kernel: jax.Array, options: dict[str, Any]) -> bool:
   """Whether a convolution has the layouts of 2-D images, and no groups."""
-  groups = options.get('feature_group_count', 1)
+  names = 'feature_group_count', 'batch_group_count'
   layouts = options['dimension_numbers']
-  if (x.ndim, kernel.ndim, groups) != (4, 4, 1):
+  if (x.ndim, kernel.ndim, *(options.get(n, 1) for n in names)) != (4, 4, 1, 1):
     return False
   numbers = functools.partial(
     jax.lax.conv_dimension_numbers, x.shape, kernel.shape
@@ -146,7 +146,8 @@ def _product(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
   rows, columns = options['window_strides']
   x = x[:, ::rows, ::columns]
   pixels = x.reshape(-1, x.shape[-1])
-  y = jnp.matmul(pixels, kernel[0, 0], precision=options.get('precision'))
+  names = 'precision', 'preferred_element_type'
+  y = jnp.matmul(pixels, kernel[0, 0], **{n: options.get(n) for n in names})
   return y.reshape(*x.shape[:-1], -1)
 
 
