@@ -36,7 +36,8 @@ class Variant(NamedTuple):
   dashes: str
 
 
-_FIXUP = {'model.method': 'fixup'}
+# Neither has bias vectors in its convolutions: Fixup's biases are scalars.
+_FIXUP = {'model.method': 'fixup', 'model.biases': False}
 _WITHOUT_PARTS = _FIXUP | {
   'model.zero_last': False,
   'model.rescale': False,
@@ -44,12 +45,11 @@ _WITHOUT_PARTS = _FIXUP | {
   'model.alpha': 'none',
 }
 _SKIPINIT = {'model.method': 'skipinit'}
-_BATCHNORM = {'model.method': 'batchnorm'}
+_BATCHNORM = {'model.method': 'batchnorm', 'model.biases': False}
 # The rows of the ImageNet table say all that tells them apart.
 _DROPOUT = {'model.dropout': 0.25}
-_PLAIN_BATCHNORM = _BATCHNORM | {'model.biases': False, 'model.dropout': 0.0}
+_PLAIN_BATCHNORM = _BATCHNORM | {'model.dropout': 0.0}
 _PLAIN_FIXUP = _FIXUP | {
-  'model.biases': False,
   'model.dropout': 0.0,
   # One rate for all parameters, as in DeepMind's code; its authors have two.
   'optimizer.reduced_rate': False,

@@ -121,7 +121,8 @@ def test_what_was_tuned_on_which_split_is_said(reported):
     'trained at 3 learning rates',
     '240 training images held out',
     'The test split was evaluated exactly once',
-    'standard error of the mean of 2 seeds',
+    '2 seeds a rate, and 240',
+    'standard error of the mean over the seeds',
     # Two runs a rate and cell; of one cell a rate and the tests lack.
     '44 of 48 done, 16 of these diverged; 7 minutes',
     '1 x abacus',

@@ -269,7 +269,7 @@ def test_tests_wait_for_the_rate_and_run_at_it_alone():
   fake = Fake(lambda run: outcome(0.9 if run.rate == -6 else 0.8))
   # Two rows, two columns: two rates and two seeds each, then two tests each.
   assert finish(fake, grid) == [16, 8]
-  assert total_runs(grid) == len(fake.done) == 24
+  assert total_runs(grid, fake) == len(fake.done) == 24
   for cell in cells(grid):
     assert all(fake(r) for r in runs_at(grid, cell, -6, TEST))
     assert not any(fake(r) for r in runs_at(grid, cell, -4, TEST))
@@ -291,7 +291,7 @@ def test_runs_that_panels_share_are_run_once():
   grid = tiny(panels=panels)
   fake = Fake(lambda run: outcome())
   assert finish(fake, grid) == [16, 8]
-  assert total_runs(grid) == 24
+  assert total_runs(grid, fake) == 24
 
 
 @pytest.mark.parametrize(
@@ -305,15 +305,74 @@ def test_training_is_to_beat_the_largest_class_by_three_errors(top1, trains):
   assert summarize(grid, cell, fake).trains == trains
 
 
+@pytest.mark.parametrize(
+  ('best', 'tried'),
+  [
+    (-5, [-6, -5, -4, -2]),  # Inside: nothing is added.
+    (-9, [-10, -9, -8, -7, -6, -5, -4, -2]),  # One at a time, as -6 and -5.
+    (1, [-6, -5, -4, -2, 0, 2]),  # Two at a time, as -4 and -2.
+    (-20, [*range(-12, -4), -4, -2]),  # Down to the bound.
+    (7, [-6, -5, -4, -2, 0, 2]),  # Up to it.
+  ],
+)
+def test_a_grid_is_widened_while_the_best_rate_is_at_its_edge(best, tried):
+  grid = tiny(rates=(-6, -5, -4, -2), widest=(-12, 3), best=2)
+  fake = Fake(lambda run: outcome(0.9 - abs(run.rate - best) / 100))
+  finish(fake, grid)
+  for cell in cells(grid):
+    summary = summarize(grid, cell, fake)
+    assert list(summary.tried) == tried == sorted(summary.by_rate)
+    assert summary.at_the_edge == (best in (-20, 7))
+    assert summary.result is not None
+    assert not any(fake(r) for r in runs_at(grid, cell, -1, VALIDATION))
+  assert len(fake.done) == total_runs(grid, fake)
+
+
+def test_a_cell_that_fails_is_tried_down_to_the_bound():
+  # One column trains from 2^-10 down, the other nowhere.
+  grid = tiny(widest=(-14, 0))
+  bad = outcome(0.0, 'diverged', None)
+
+  def rule(run):
+    if run.cell.column == 'none' or run.rate > -10:
+      return bad
+    return outcome(0.5 + run.rate / 100)
+
+  fake = Fake(rule)
+  finish(fake, grid)
+  for row in grid.rows.values:
+    trains = summarize(grid, Cell('', row, 'skipinit'), fake)
+    assert list(trains.tried) == [-12, -10, -8, -6, -4]
+    assert (trains.rate, trains.trains) == (-10, True)
+    fails = summarize(grid, Cell('', row, 'none'), fake)
+    assert list(fails.tried) == [-14, -12, -10, -8, -6, -4]
+    assert fails.why_not == 'all 12 runs diverged, at rates of 2^-14 to 2^-4'
+
+
+def test_a_row_can_have_fewer_seeds():
+  grid = tiny(seeds=4, tuning_seeds=3, best=4, fewer={'16': (1, 2)})
+  fake = Fake(lambda run: outcome(0.5 + run.seed / 100))
+  assert finish(fake, grid) == [2 * 2 * (3 + 1), 2 * (4 + 2)]
+  many, few = (
+    summarize(grid, Cell('', row, 'none'), fake).result for row in ('10', '16')
+  )
+  assert (many.runs, many.top1) == (4, pytest.approx(0.515))
+  assert (few.runs, few.top1) == (2, pytest.approx(0.505))
+
+
 def test_why_a_cell_does_not_train_is_said():
   grid, cell = tiny(), Cell('', '10', 'none')
   bad = outcome(0.0, 'diverged', None)
   for rule, words in (
-    (lambda run: bad, 'all 4 runs diverged'),
-    (lambda run: outcome(0.1), 'all 4 runs ended finite, at chance'),
+    (lambda run: bad, 'all 4 runs diverged, at rates of 2^-6 to 2^-4'),
+    (
+      lambda run: outcome(0.1),
+      'all 4 runs ended finite, at chance, at rates of 2^-6 to 2^-4',
+    ),
     (
       lambda run: bad if run.rate == -4 else outcome(0.1),
-      '2 of 4 runs diverged, the others ended at chance',
+      '2 of 4 runs diverged, the others ended at chance, at rates of 2^-6 to '
+      '2^-4',
     ),
   ):
     fake = Fake(rule)
@@ -357,7 +416,7 @@ def test_a_result_that_can_not_be_read_is_named(tmp_path):
 
 
 def test_the_test_split_is_looked_at_once():
-  for dataset, epochs in (('digits', 8), ('cifar10', 200)):
+  for dataset, epochs in (('digits', 12), ('cifar10', 200)):
     _, grid = find_study('depth', dataset)
     config = make_run(grid, next(cells(grid)), -4, 0, TEST).config
     assert config.eval_every_epochs == config.epochs == epochs
@@ -400,13 +459,13 @@ def test_flops_of_deep_networks_lie_on_the_line_of_shallow_ones():
 @pytest.mark.parametrize('study', STUDIES)
 def test_runs_that_cells_share_are_priced_once(study):
   grid = STUDIES[study].grids['digits']
-  assert estimate.cost(grid)['runs'] == total_runs(grid)
+  assert estimate.cost(grid)['runs'] == total_runs(grid, lambda run: None)
 
 
 def test_cost_adds_up_over_the_grid():
   grid = tiny()
   got = estimate.cost(grid)
-  assert got['runs'] == total_runs(grid) == 24
+  assert got['runs'] == total_runs(grid, lambda run: None) == 24
   assert got['images'] == 24 * 2 * 1437
   by_depth = [
     estimate.image_flops('wide_resnet', d, None, (8, 8, 1), 10)

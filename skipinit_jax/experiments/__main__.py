@@ -40,7 +40,7 @@ from skipinit_jax.experiments.studies import (
   Study,
   find_study,
 )
-from skipinit_jax.experiments.words import duration
+from skipinit_jax.experiments.words import duration, seeds_text, widening
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.lines import METRICS
 from skipinit_jax.training.network import build_model
@@ -178,7 +178,7 @@ def status(args: argparse.Namespace, texts: Texts) -> None:
   left = [run for run in known if results(run) is None]
   begun = [r for r in left if (r.folder(workdir) / METRICS).exists()]
   print(
-    f'{len(known) - len(left)} of {total_runs(grid)} runs done, '
+    f'{len(known) - len(left)} of {total_runs(grid, results)} runs done, '
     f'{len(begun)} begun'
   )
   for problem in results.problems.values():
@@ -223,8 +223,9 @@ def grid_lines(grid: Grid) -> str:
     f'{grid.rows.name}: {", ".join(grid.rows.values)}',
     f'methods: {columns}',
     f'rates: {", ".join(f"2^{r}" for r in grid.rates)}'
-    + (f' times {grid.unit:g}' if grid.unit != 1 else ''),
-    f'seeds: {grid.seeds}, the best {grid.best} enter a mean',
+    + (f' times {grid.unit:g}' if grid.unit != 1 else '')
+    + widening(grid),
+    f'seeds: {seeds_text(grid)}',
   ]
   if len(grid.panels.values) > 1:
     lines.insert(0, f'{grid.panels.name}: {", ".join(grid.panels.values)}')
@@ -241,9 +242,11 @@ def price(grid: Grid) -> str:
     if figures['flops'] < 1e15
     else f'{on_device} at a sustained {SUSTAINED_RATE / 1e12:.0f} TFLOP/s'
   )
+  most = figures['widened']
+  widened = f' (at most {most:.0f})' if most > figures['runs'] else ''
   return (
-    f'{figures["runs"]:.0f} runs, {figures["images"] / 1e6:,.3g} million '
-    f'images, {figures["flops"]:.2g} FLOPs; {where}'
+    f'{figures["runs"]:.0f} runs{widened}, {figures["images"] / 1e6:,.3g} '
+    f'million images, {figures["flops"]:.2g} FLOPs; {where}'
   )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from skipinit_jax.data.stand_in import stand_in
 from skipinit_jax.experiments.grid import TEST, Run, cells, make_run
+from skipinit_jax.experiments.selection import seeds_of
 from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.network import build_model
@@ -22,25 +23,44 @@ CPU_RATE, SUSTAINED_RATE = 5e10, 1e14  # FLOPs a second.
 
 
 def cost(grid: Grid) -> dict[str, float]:
-  """Runs, images, FLOPs and seconds of a whole grid.
+  """Runs, images, FLOPs and seconds of a whole grid, not widened.
 
   Returns:
-    runs; images, trained on; flops of convolutions and matrix products, forward
-    and backward; cpu_seconds, a rough estimate for one CPU core; device_seconds
-    at SUSTAINED_RATE.
+    runs; widened, runs if every cell is widened as far as its grid allows;
+    images, trained on; flops of convolutions and matrix products, forward and
+    backward; cpu_seconds, a rough estimate for one CPU core; device_seconds at
+    SUSTAINED_RATE.
   """
   runs = [make_run(grid, cell, grid.rates[0], 0, TEST) for cell in cells(grid)]
-  # Cells may share theirs.
-  costs = [_run_cost(run) for run in {run.id: run for run in runs}.values()]
-  each = (len(grid.rates) + 1) * grid.seeds
-  images, flops, seconds = (each * sum(x) for x in zip(*costs, strict=True))
+  more = most_widened(grid)
+  total = widened = images = flops = seconds = 0
+  for run in {run.id: run for run in runs}.values():  # Cells may share theirs.
+    tuning, tests = seeds_of(grid, run.cell.row)
+    each = len(grid.rates) * tuning + tests
+    total, widened = total + each, widened + each + more * tuning
+    a, b, c = _run_cost(run)
+    images, flops, seconds = (
+      images + each * a,
+      flops + each * b,
+      seconds + each * c,
+    )
   return {
-    'runs': each * len(costs),
+    'runs': total,
+    'widened': widened,
     'images': images,
     'flops': flops,
     'cpu_seconds': seconds,
     'device_seconds': flops / SUSTAINED_RATE,
   }
+
+
+def most_widened(grid: Grid) -> int:
+  """Rates by which a cell can be widened, at its smallest or largest."""
+  if not grid.widest or len(grid.rates) < 2:
+    return 0
+  tried = sorted(grid.rates)
+  below = (tried[0] - grid.widest[0]) // (tried[1] - tried[0])
+  return max(below, (grid.widest[1] - tried[-1]) // (tried[-1] - tried[-2]))
 
 
 def _run_cost(run: Run) -> tuple[float, float, float]:

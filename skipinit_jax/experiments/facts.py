@@ -2,9 +2,14 @@
 
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.grid import TEST
-from skipinit_jax.experiments.selection import total_runs
 from skipinit_jax.experiments.studies import Grid
-from skipinit_jax.experiments.words import DASH, duration, rate_text
+from skipinit_jax.experiments.words import (
+  DASH,
+  duration,
+  rate_text,
+  seeds_text,
+  widening,
+)
 
 TESTED = (
   'The test split was evaluated exactly once, at the chosen rate, after '
@@ -34,7 +39,7 @@ def make_facts(findings: Findings) -> list[tuple[str, str]]:
     ('Published figures', findings.study.source),
     (
       'Runs',
-      f'{len(outcomes):,} of {total_runs(grid):,} done, {diverged:,} of these '
+      f'{len(outcomes):,} of {findings.total:,} done, {diverged:,} of these '
       f'diverged; {duration(seconds)} of run time in all.',
     ),
   ]
@@ -64,10 +69,10 @@ def _tuning(grid: Grid) -> str:
   )
   return (
     f'Every cell was trained at {len(grid.rates)} learning rates, {low} to '
-    f'{high}, with {_seeds(grid)} each and {grid.validation:,} training images '
-    'held out. The rate of the best accuracy on those was chosen, at equal '
-    'accuracy that of the smallest loss. In brackets: the smallest and the '
-    "largest rate whose error bars meet the best one's."
+    f'{high}{widening(grid)}, with {seeds_text(grid)}, and '
+    f'{grid.validation:,} training images held out. The rate of the best '
+    'accuracy on those was chosen, at equal accuracy that of the smallest loss. In '
+    "brackets: the smallest and the largest rate whose error bars meet the best one's."
   )
 
 
@@ -79,13 +84,9 @@ def _errors(grid: Grid, sizes: set[int]) -> str:
       f'({images}): one seed enters, so it says nothing about seeds.'
     )
   if grid.best == grid.seeds:
-    return f'± is the standard error of the mean of {_seeds(grid)}.'
+    return '± is the standard error of the mean over the seeds.'
   return (
     f'± is the standard error of the mean of the best {grid.best} of '
-    f'{_seeds(grid)}: best on the held out images where a rate is chosen, best '
-    'on the test images in a test accuracy.'
+    f'{grid.seeds} seeds: best on the held out images where a rate is chosen, '
+    'best on the test images in a test accuracy.'
   )
-
-
-def _seeds(grid: Grid) -> str:
-  return 'one seed' if grid.seeds == 1 else f'{grid.seeds} seeds'

@@ -134,7 +134,8 @@ def _held_out(
   if not means:
     return
   figure, (top, bottom) = drawing.new_figure(grid, 2)
-  span = max(grid.rates) - min(grid.rates)
+  rates = sorted({rate for s in summaries.values() for rate in s.tried})
+  span = rates[-1] - rates[0]
   for cell, summary in summaries.items():
     accuracies, losses, infinite = [], [], []
     for rate, mean in summary.by_rate.items():
@@ -161,8 +162,8 @@ def _held_out(
   bottom.set_ylabel('held-out loss')
   bottom.set_xlabel(drawing.rate_label(grid, 'learning rate'))
   for axes in (top, bottom):
-    axes.set_xticks(grid.rates, [power(r) for r in grid.rates])
-  rest = [c for c, s in summaries.items() if len(s.by_rate) < len(grid.rates)]
+    axes.set_xticks(rates, [power(r) for r in rates])
+  rest = [c for c, s in summaries.items() if len(s.by_rate) < len(s.tried)]
   yield _Sketch(
     'rates',
     'Accuracy and loss against learning rate',
@@ -182,7 +183,8 @@ def _optimal_rates(
   if not done:
     return
   figure, (top, bottom) = drawing.new_figure(grid, 2)
-  lowest, highest = min(grid.rates), max(grid.rates)
+  tried = sorted({rate for s in done.values() for rate in s.tried})
+  lowest, highest = tried[0], tried[-1]
   for column in grid.columns:
     best, stable, unstable = [], [], []
     for summary in _of_column(done, column):
@@ -200,7 +202,7 @@ def _optimal_rates(
     drawing.plot(top, column, best)
     drawing.plot(bottom, column, stable)
     drawing.plot(bottom, column, unstable)
-  powers = {rate: power(rate) for rate in grid.rates}
+  powers = {rate: power(rate) for rate in tried}
   for axes, name, ticks in (
     (top, 'optimal rate', powers),
     (bottom, 'largest stable rate', {lowest - 1: 'none'} | powers),

@@ -11,6 +11,7 @@ from skipinit_jax.experiments.selection import (
   Summary,
   cell_runs,
   summarize,
+  total_runs,
 )
 from skipinit_jax.experiments.studies import Grid, Study
 from skipinit_jax.training.lines import METRICS, Lines
@@ -30,6 +31,7 @@ class Findings:
     summaries: of every cell.
     runs: of every cell; the test runs come last, once the rate is chosen.
     outcomes: by run id, of finished runs only.
+    total: number of runs, as far as the rates are known.
     chance: split -> share of its largest class, 0 while none of its runs is
       done.
     curves: the first test run of a cell at the chosen rate, None if not done.
@@ -44,7 +46,7 @@ class Findings:
       cell: summarize(grid, cell, results) for cell in cells(grid)
     }
     self.runs: dict[Cell, list[Run]] = {
-      cell: cell_runs(grid, cell, summary.rate)
+      cell: cell_runs(grid, cell, summary.tried, summary.rate)
       for cell, summary in self.summaries.items()
     }
     self.outcomes: dict[str, Outcome] = {}
@@ -54,6 +56,7 @@ class Findings:
         if outcome := results(run):
           self.outcomes[run.id] = outcome
           self.chance[run.split] = outcome.chance
+    self.total = total_runs(grid, results)
     self.problems = list(results.problems.values())
     self.curves = {cell: self._curve(cell) for cell in self.runs}
 

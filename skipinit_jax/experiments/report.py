@@ -1,5 +1,6 @@
 """A study's report: a page that needs nothing but itself, and Markdown."""
 
+import functools
 import importlib.resources
 import re
 from pathlib import Path
@@ -53,7 +54,7 @@ def make_content(findings: Findings) -> dict[str, Any]:
     'facts': make_facts(findings),
     'anchors': {cell: f'runs-{i}' for i, cell in enumerate(findings.runs, 1)},
     'names': {cell: words.cell_name(grid, cell) for cell in findings.runs},
-    'rates': {rate: words.rate_text(grid, rate) for rate in grid.rates},
+    'rate_text': functools.partial(words.rate_text, grid),
     'numbers': _numbers,
     'files': lambda run: [
       name for name in FILES if (run.folder(workdir) / name).exists()

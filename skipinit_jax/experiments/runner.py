@@ -20,6 +20,7 @@ from skipinit_jax.experiments.selection import (
   Outcome,
   known_runs,
   read_outcome,
+  seeds_of,
   total_runs,
   wanted,
 )
@@ -67,7 +68,8 @@ def open_study(workdir: Path, study: Study, grid: Grid, dataset: str) -> None:
     'rows': list(grid.rows.values),
     'columns': list(grid.columns),
     'rates': list(grid.rates),
-    'seeds': grid.seeds,
+    'widest': grid.widest and list(grid.widest),
+    'seeds': {row: list(seeds_of(grid, row)) for row in grid.rows.values},
     'overrides': dict(grid.overrides),
   }
   path = workdir / STUDY
@@ -140,6 +142,7 @@ def run_study(
         else:
           line = f'{run.title}: {outcome.status}, top-1 {outcome.top1:.4f}'
           bar.update()
+          bar.total = total_runs(grid, results)
         bar.set_postfix_str(f'{len(running)} running, {len(failed)} failed')
         bar.write(line, file=sys.stderr)
 
@@ -147,7 +150,7 @@ def run_study(
 def progress_bar(grid: Grid, results: Results) -> tqdm.tqdm:
   """A bar for the whole study; none without a terminal."""
   return tqdm.tqdm(
-    total=total_runs(grid),
+    total=total_runs(grid, results),
     initial=sum(results(r) is not None for r in known_runs(grid, results)),
     disable=None,
     dynamic_ncols=True,

@@ -76,6 +76,7 @@ class Summary:
   Attributes:
     cell: its place.
     by_rate: exponent -> mean on the held out images, of finished rates only.
+    tried: all exponents so far, finished or not.
     rate: the chosen exponent, None until all rates are done.
     rates: the smallest and the largest exponent within error of `rate`.
     largest_stable: the largest exponent at which no seed diverged.
@@ -87,12 +88,18 @@ class Summary:
 
   cell: Cell
   by_rate: Mapping[int, Mean]
+  tried: Sequence[int]
   rate: int | None = None
   rates: tuple[int, int] | None = None
   largest_stable: int | None = None
   result: Mean | None = None
   trains: bool | None = None
   why_not: str = ''
+
+  @property
+  def at_the_edge(self) -> bool:
+    """Whether a better rate may lie outside those tried."""
+    return self.rate in (min(self.tried), max(self.tried))
 
 
 Lookup = Callable[[Run], Outcome | None]
@@ -160,16 +167,21 @@ def summarize(grid: Grid, cell: Cell, look_up: Lookup) -> Summary:
     outcomes = [outcome for outcome in found if outcome]
     return outcomes if len(outcomes) == len(found) else None
 
-  by_rate, good = {}, False
-  for rate in grid.rates:
-    if outcomes := finished(rate, VALIDATION):
-      by_rate[rate] = mean(outcomes, grid.best)
-      good |= beats_chance(by_rate[rate], outcomes)
-  if len(by_rate) < len(grid.rates):
-    return Summary(cell, by_rate)
+  by_rate, good, untried = {}, False, list(grid.rates)
+  while untried:
+    for rate in untried:
+      if outcomes := finished(rate, VALIDATION):
+        by_rate[rate] = mean(outcomes, grid.best)
+        good |= beats_chance(by_rate[rate], outcomes)
+    if not by_rate.keys() >= set(untried):
+      return Summary(cell, by_rate, sorted({*by_rate, *untried}))
+    untried = wider(by_rate, good, grid.widest)
+  tried = sorted(by_rate)
   rate, rates = choose_rate(by_rate)
   stable = [r for r, m in by_rate.items() if not m.diverged]
-  summary = Summary(cell, by_rate, rate, rates, max(stable, default=None))
+  summary = Summary(
+    cell, by_rate, tried, rate, rates, max(stable, default=None)
+  )
   if not (outcomes := finished(rate, TEST)):
     return summary
   result = mean(outcomes, grid.best)
@@ -179,6 +191,32 @@ def summarize(grid: Grid, cell: Cell, look_up: Lookup) -> Summary:
   return dataclasses.replace(
     summary, result=result, trains=good or not reason, why_not=reason
   )
+
+
+def wider(
+  by_rate: Mapping[int, Mean], good: bool, widest: tuple[int, int] | None
+) -> list[int]:
+  """The rate to try next, if a better one may lie outside those tried.
+
+  Args:
+    by_rate: of all exponents tried so far.
+    good: whether any of them trains; if not, smaller ones are tried.
+    widest: the smallest and the largest exponent to try.
+
+  Returns:
+    An exponent as far outside as the last two are apart, or none.
+  """
+  if widest is None or len(by_rate) < 2:
+    return []
+  tried = sorted(by_rate)
+  best = choose_rate(by_rate)[0] if good else tried[0]
+  if best == tried[0]:
+    rate = 2 * tried[0] - tried[1]
+  elif best == tried[-1]:
+    rate = 2 * tried[-1] - tried[-2]
+  else:
+    return []
+  return [rate] if widest[0] <= rate <= widest[1] else []
 
 
 def beats_chance(result: Mean, outcomes: Sequence[Outcome]) -> bool:
@@ -207,23 +245,35 @@ def choose_rate(by_rate: Mapping[int, Mean]) -> tuple[int, tuple[int, int]]:
 
 def why_not(by_rate: Mapping[int, Mean]) -> str:
   """Whether the runs of a cell that does not train diverged or just ended."""
+  rates = f', at rates of 2^{min(by_rate)} to 2^{max(by_rate)}'
   runs = sum(m.runs for m in by_rate.values())
   diverged = sum(m.diverged for m in by_rate.values())
   if diverged == runs:
-    return f'all {runs} runs diverged'
+    return f'all {runs} runs diverged{rates}'
   if not diverged:
-    return f'all {runs} runs ended finite, at chance'
-  return f'{diverged} of {runs} runs diverged, the others ended at chance'
+    return f'all {runs} runs ended finite, at chance{rates}'
+  return (
+    f'{diverged} of {runs} runs diverged, the others ended at chance{rates}'
+  )
 
 
 def runs_at(grid: Grid, cell: Cell, rate: int, split: str) -> list[Run]:
   """The runs of a cell at a rate, one for each seed."""
-  return [make_run(grid, cell, rate, seed, split) for seed in range(grid.seeds)]
+  tuning, tests = seeds_of(grid, cell.row)
+  seeds = tuning if split == VALIDATION else tests
+  return [make_run(grid, cell, rate, seed, split) for seed in range(seeds)]
 
 
-def cell_runs(grid: Grid, cell: Cell, rate: int | None) -> list[Run]:
+def seeds_of(grid: Grid, row: str) -> tuple[int, int]:
+  """The number of seeds of a row: at each rate, and in tests."""
+  return grid.fewer.get(row, (grid.tuning_seeds or grid.seeds, grid.seeds))
+
+
+def cell_runs(
+  grid: Grid, cell: Cell, rates: Sequence[int], rate: int | None
+) -> list[Run]:
   """The runs of a cell: to choose a rate, then tests at the chosen one."""
-  at = [(each, VALIDATION) for each in grid.rates]
+  at = [(each, VALIDATION) for each in rates]
   at += [] if rate is None else [(rate, TEST)]
   return [r for each, split in at for r in runs_at(grid, cell, each, split)]
 
@@ -232,7 +282,8 @@ def known_runs(grid: Grid, look_up: Lookup) -> list[Run]:
   """The runs that can be started so far; those that cells share, once."""
   known: dict[str, Run] = {}
   for cell in cells(grid):
-    for run in cell_runs(grid, cell, summarize(grid, cell, look_up).rate):
+    summary = summarize(grid, cell, look_up)
+    for run in cell_runs(grid, cell, summary.tried, summary.rate):
       known.setdefault(run.id, run)
   return list(known.values())
 
@@ -242,12 +293,15 @@ def wanted(grid: Grid, look_up: Lookup) -> list[Run]:
   return [run for run in known_runs(grid, look_up) if look_up(run) is None]
 
 
-def total_runs(grid: Grid) -> int:
-  """The number of runs of a whole grid, tests included; shared ones once."""
-  rate = grid.rates[0]  # Tests are as many at any rate.
-  return len(
-    {run.id for cell in cells(grid) for run in cell_runs(grid, cell, rate)}
-  )
+def total_runs(grid: Grid, look_up: Lookup) -> int:
+  """The number of runs of a grid as widened so far; shared ones once."""
+  total = set()
+  for cell in cells(grid):
+    summary = summarize(grid, cell, look_up)
+    # Tests are as many at any rate.
+    rate = grid.rates[0] if summary.rate is None else summary.rate
+    total |= {run.id for run in cell_runs(grid, cell, summary.tried, rate)}
+  return len(total)
 
 
 def _failed_later(held_out: Mean) -> str:

@@ -2,9 +2,11 @@
 
 A study has a grid for each data set that it knows. A grid has panels, rows and
 columns; each of their values sets fields of a recipe, and a cell of the table
-is one of each. Every cell is trained at all rates and seeds with some training
-images held out; its rate is chosen on those, and the test split is evaluated
-exactly once, after training on the whole training split at that rate.
+is one of each. Every cell is trained at all rates with some training images
+held out; while the best rate is the smallest or the largest tried, or nothing
+trains, the next one is tried too. The rate is chosen on the held-out images.
+Test runs train on the whole training split at that rate, and each evaluates the
+test split exactly once.
 """
 
 import dataclasses
@@ -42,9 +44,13 @@ class Grid:
       columns).
     rows, columns, panels: axes of the table; `columns` are keys of VARIANTS.
     rates: exponents of 2 of the learning rates, times `unit`.
+    widest: the smallest and the largest exponent that a cell's rates may be
+      widened to; None: they are not widened.
     validation: training images held out to choose the rate.
-    seeds: runs of every cell and rate.
-    best: number of these, the best, that enter a mean.
+    seeds: test runs of every cell.
+    tuning_seeds: runs of every cell and rate that choose it; None: `seeds`.
+    fewer: row -> its tuning_seeds and seeds, where these are fewer.
+    best: number of seeds, the best, that enter a mean.
     choices: the choices that are ours and not the paper's, for the report.
     overrides: fields given on the command line; they override all others.
   """
@@ -55,7 +61,10 @@ class Grid:
   columns: tuple[str, ...]
   rates: tuple[int, ...]
   validation: int
+  widest: tuple[int, int] | None = None
   seeds: int = 1
+  tuning_seeds: int | None = None
+  fewer: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
   best: int = 1
   panels: Axis = Axis('', {'': {}})
   unit: float = 1.0
@@ -129,20 +138,20 @@ def budgets(epochs: float, batch: int) -> Axis:
   )
 
 
+def train_for(epochs: float) -> dict[str, Any]:
+  """Fields of a number of epochs, with one evaluation at their end."""
+  return {'epochs': epochs, 'eval_every_epochs': epochs}
+
+
 # Small enough for minutes on two CPU cores.
 DIGITS = {
-  'epochs': 8.0,
-  'eval_every_epochs': 8.0,
+  **train_for(8.0),
   'checkpoint_every_steps': 100,
   'optimizer.l2': 5e-4,
   'watch_every_steps': 45,
 }
 CIFAR = {'model.width': 2, 'eval_every_epochs': 10.0, 'watch_every_steps': 500}
-ONE_EPOCH = {
-  'epochs': 1.0,
-  'eval_every_epochs': 1.0,
-  'schedule.name': 'constant',
-}
+ONE_EPOCH = {**train_for(1.0), 'schedule.name': 'constant'}
 OURS = 'On the digits everything but the method is our choice:'
 CIFAR_CHOICES = (
   'Our choices: batches of 128, ghost batches of 64, L2 on kernels only, rates '
@@ -189,7 +198,23 @@ DEPTH = Study(
   'scalar, and not without?',
   grids={
     'digits': on_digits(
-      rows=depths(16, 40, 100), columns=DEPTH_COLUMNS, rates=(-6, -4, -3, -2)
+      fields=DIGITS | train_for(12.0),
+      rows=Axis(
+        'depth',
+        {
+          **depths(16, 40, 100).values,
+          '1000': {'model.depth': 1000, **train_for(6.0)},
+        },
+      ),
+      columns=DEPTH_COLUMNS,
+      rates=(-6, -4, -3, -2),
+      widest=(-16, 2),
+      seeds=5,
+      tuning_seeds=3,
+      fewer={'1000': (1, 3)},
+      best=5,
+      choices=f'{OURS} n-1 Wide-ResNets, batch 32, a cosine, shifts of a '
+      'pixel; 12 epochs, at depth 1000 only 6.',
     ),
     **on_cifar(
       rows=depths(16, 100, 1000),

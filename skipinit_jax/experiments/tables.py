@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.grid import Cell
 from skipinit_jax.experiments.selection import Summary
-from skipinit_jax.experiments.studies import Grid, Study
+from skipinit_jax.experiments.studies import Study
 from skipinit_jax.experiments.words import (
   DASH,
   MINUS,
@@ -78,7 +78,7 @@ def _accuracies(findings: Findings, panel: str) -> Table:
     for s in summaries
     if s.why_not
   ]
-  if any(_at_the_edge(grid, summary) for summary in summaries):
+  if any(s.at_the_edge and s.trains is not False for s in summaries):
     notes.append(EDGE)
   return _by_method(
     findings,
@@ -181,8 +181,8 @@ def _ours(findings: Findings, cell: Cell) -> Entry:
   if result:
     return Entry(DASH, cell, f'does not train: {summary.why_not}')
   if summary.rate is None:
-    rates = len(findings.grid.rates)
-    return Entry(f'{len(summary.by_rate)} of {rates} rates done', cell)
+    done = f'{len(summary.by_rate)} of {len(summary.tried)} rates done'
+    return Entry(done, cell)
   tests = findings.test_runs(cell)
   return Entry(f'{findings.done(tests)} of {len(tests)} test runs done', cell)
 
@@ -195,7 +195,7 @@ def _rates(findings: Findings, cell: Cell) -> Entry:
   if summary.trains is False:
     return Entry(DASH, cell)
   low, high = (rate_text(grid, rate) for rate in summary.rates)
-  mark = ' *' if _at_the_edge(grid, summary) else ''
+  mark = ' *' if summary.at_the_edge else ''
   rate = rate_text(grid, summary.rate)
   return Entry(f'{rate}{mark}\n({low} to {high})', cell)
 
@@ -209,12 +209,12 @@ def _loss(findings: Findings, cell: Cell) -> Entry:
 
 
 def _stable_rate(findings: Findings, cell: Cell) -> Entry:
-  grid, summary = findings.grid, findings.summaries[cell]
+  summary = findings.summaries[cell]
   stable = summary.largest_stable
   if stable is None:
     return Entry('not done' if summary.rate is None else 'none', cell)
-  note = '\n(largest tried)' if stable == max(grid.rates) else ''
-  return Entry(rate_text(grid, stable) + note, cell)
+  note = '\n(largest tried)' if stable == max(summary.tried) else ''
+  return Entry(rate_text(findings.grid, stable) + note, cell)
 
 
 def _published(study: Study, cell: Cell) -> Accuracy | None:
@@ -261,13 +261,6 @@ def _published_rates(theirs: Accuracy | None) -> str:
     return ''
   low, high = theirs.rates
   return f'{power(theirs.rate)}\n({power(low)} to {power(high)})'
-
-
-def _at_the_edge(grid: Grid, summary: Summary) -> bool:
-  """Whether a better rate may lie outside those tried."""
-  if summary.rate is None or summary.trains is False:
-    return False
-  return summary.rate in (min(grid.rates), max(grid.rates))
 
 
 def _title(panel: str, caption: str) -> str:

@@ -28,6 +28,31 @@ def rate_text(grid: Grid, exponent: int) -> str:
   return power(exponent) + ('' if grid.unit == 1 else f' {TIMES} {grid.unit:g}')
 
 
+def widening(grid: Grid) -> str:
+  """How far a grid's rates may be widened; empty if they are not."""
+  if not grid.widest:
+    return ''
+  low, high = (rate_text(grid, rate) for rate in grid.widest)
+  return (
+    f', widened down to {low} and up to {high} while the best is at the edge'
+  )
+
+
+def seeds_text(grid: Grid) -> str:
+  """The seeds of each rate and of the tests."""
+
+  def each(tuning: int, tests: int) -> str:
+    number = f'{tuning} seed{"s" * (tuning > 1)} a rate'
+    return number if tests == tuning else f'{number} and {tests} in tests'
+
+  text = each(grid.tuning_seeds or grid.seeds, grid.seeds)
+  for row, numbers in grid.fewer.items():
+    text += f' (at {grid.rows.name} {row} {each(*numbers)})'
+  if grid.best < grid.seeds:
+    text += f', of which the best {grid.best} enter a mean'
+  return text
+
+
 def percent(share: float, error: float) -> str:
   """A share and its error, in percent.
 
