@@ -71,8 +71,9 @@ def _tuning(grid: Grid) -> str:
     f'Every cell was trained at {len(grid.rates)} learning rates, {low} to '
     f'{high}{widening(grid)}, with {seeds_text(grid)}, and '
     f'{grid.validation:,} training images held out. The rate of the best '
-    'accuracy on those was chosen, at equal accuracy that of the smallest loss. In '
-    "brackets: the smallest and the largest rate whose error bars meet the best one's."
+    'accuracy on those was chosen, at equal accuracy that of the smallest '
+    'loss. In brackets: the smallest and the largest rate whose error bars '
+    "meet the best one's."
   )
 
 
