@@ -20,7 +20,7 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.models import WideResNet
 
 ROOT = Path(__file__).resolve().parents[1]
-CHIP = chips.Chip(flops=1e12, bandwidth=1e11, capacity=2**30, topologies=())
+CHIP = chips.Chip(flops=1e12, bandwidth=1e11, capacity=2**30)
 
 
 def here(cores=1):
@@ -248,7 +248,7 @@ def test_libtpu_held_by_another_process_is_one_line(monkeypatch):
 
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: True)
   monkeypatch.setattr(chips.topologies, 'get_topology_desc', held)
-  for name in chips.ENVIRONMENT:
+  for name in chips.TPU_ENVIRONMENT:
     monkeypatch.setenv(name, '')
   with pytest.raises(InputError, match='another process holds libtpu') as info:
     chips.topology('v5e:2x2')

@@ -1,1 +1,1 @@
-"""What a training step would cost on TPUs that are not here."""
+"""What a training step would cost on TPUs or GPUs that are not here."""

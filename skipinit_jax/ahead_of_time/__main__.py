@@ -1,7 +1,9 @@
-"""The command line: what a recipe's step would cost on a TPU slice.
+"""The command line: what a recipe's step would cost on TPUs or GPUs.
 
   python -m skipinit_jax.ahead_of_time --config=configs/imagenet.py \
     --topology=v5e:16x16
+  python -m skipinit_jax.ahead_of_time --config=configs/imagenet.py \
+    --topology=h100x8
 """
 
 from typing import Any
@@ -10,7 +12,7 @@ import jax
 from absl import logging
 
 from skipinit_jax import cli
-from skipinit_jax.ahead_of_time.chips import GIB, topology
+from skipinit_jax.ahead_of_time.chips import GIB, platform_of, topology
 from skipinit_jax.ahead_of_time.measure import (
   check,
   find_batch,
@@ -26,7 +28,7 @@ def parser() -> cli.Parser:
   """The flags."""
   flags = cli.Parser(
     prog='python -m skipinit_jax.ahead_of_time',
-    description="What a recipe's step would cost on a TPU slice.",
+    description="What a recipe's step would cost on TPUs or GPUs.",
     fields=True,
   )
   flags.add_argument('--config', default='digits', help='recipe')
@@ -57,7 +59,7 @@ def run() -> None:
   # Nothing is computed: an accelerator that is here is left alone.
   jax.config.update('jax_platforms', 'cpu')
   with cli.errors_in_one_line():
-    check(config)
+    check(config, platform_of(args.topology))
     where = topology(args.topology)
     if args.find_batch:
       batch, results = find_batch(config, where)
@@ -114,6 +116,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def _number(name: str, value: Any) -> str:
+  if name == 'workspace_bytes':
+    return 'not known without a GPU: the memory is a lower bound'
   if value is None:
     return '-'
   if name.endswith('_bytes'):

@@ -18,11 +18,16 @@ stay on the chip, and the body of a loop once. The rules here:
 - FLOPs are those of convolutions and matrix products, two for each
   multiplication and addition, leaving out padding and the holes of dilation.
   Elementwise work is left out. (XLA's `cost_analysis` counts elementwise work,
-  and the body of a loop once.)
+  and the body of a loop once; for CUDA it counts nothing.)
+- For CUDA, calls of cuDNN and cuBLAS are convolutions and products too. What
+  they need as workspace is chosen on a GPU only, so it is not known here.
+- A launch is a top-level instruction that computes, copies or communicates: on
+  a GPU a kernel or a call of a library, which may start several.
 """
 
 import dataclasses
 import math
+import operator
 import re
 
 import numpy as np
@@ -55,32 +60,46 @@ FREE = (
   'opt-barrier',
   'domain',
 )
+# Calls of cuDNN: target -> the places of input, kernel and output of the
+# convolution whose products it computes; RESULT is what the call returns.
+RESULT = -1
+CUDNN = {
+  'convForward': (0, 1, RESULT),
+  'convBiasActivationForward': (0, 1, RESULT),
+  'convForwardGraph': (0, 1, RESULT),
+  'convBackwardInput': (RESULT, 1, 0),
+  'convBackwardFilter': (0, RESULT, 1),
+}
+_TARGET = re.compile(r'custom_call_target="__(cudnn|cublas|cub)\$([\w$]+)"')
 # Custom calls of the TPU compiler that only name memory.
 NAMING = ('"AllocateBuffer"', '"ConcatBitcast"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """What a program does on one device: bytes to and from HBM, FLOPs, bytes."""
+  """What a program does on one device.
+
+  Attributes:
+    hbm_bytes: to and from main memory.
+    flops: of convolutions and matrix products.
+    collective_bytes: handed to collectives.
+    collectives, launches, sorts: how many.
+  """
 
   hbm_bytes: float = 0
   flops: float = 0
   collective_bytes: float = 0
+  collectives: float = 0
+  launches: float = 0
+  sorts: float = 0
 
   def __add__(self, other: 'Counts') -> 'Counts':
-    return Counts(
-      self.hbm_bytes + other.hbm_bytes,
-      self.flops + other.flops,
-      self.collective_bytes + other.collective_bytes,
-    )
+    ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+    return Counts(*map(operator.add, ours, theirs))
 
   def times(self, factor: float) -> 'Counts':
     """All counts, multiplied."""
-    return Counts(
-      factor * self.hbm_bytes,
-      factor * self.flops,
-      factor * self.collective_bytes,
-    )
+    return Counts(*(factor * value for value in dataclasses.astuple(self)))
 
 
 def count(text: str) -> Counts:
@@ -117,7 +136,15 @@ def _count(computation: Computation) -> Counts:
   total = Counts()
   for op in computation.instructions:
     if op.opcode not in ('while', 'call', 'conditional'):
-      total += Counts(_hbm(op), _flops(op), _collective(op))
+      handed = _collective(op)
+      total += Counts(
+        hbm_bytes=_hbm(op),
+        flops=_flops(op),
+        collective_bytes=handed,
+        collectives=handed > 0,
+        launches=_computes(op),
+        sorts=_sorts(op),
+      )
       continue
     inside = [_count(called) for called in op.called.values()]
     if op.opcode == 'conditional':
@@ -128,11 +155,17 @@ def _count(computation: Computation) -> Counts:
   return total
 
 
+def _computes(op: Instruction) -> bool:
+  """Whether an instruction does more than name memory or wait."""
+  if op.opcode in FREE or op.opcode.endswith(('-done', '-update')):
+    return False
+  names = op.opcode == 'custom-call' and any(n in op.attributes for n in NAMING)
+  return not names
+
+
 def _hbm(op: Instruction) -> float:
   """Bytes that an instruction reads from and writes to main memory."""
-  if op.opcode in FREE or op.opcode.endswith(('-done', '-update')):
-    return 0
-  if op.opcode == 'custom-call' and any(n in op.attributes for n in NAMING):
+  if not _computes(op):
     return 0
   if op.opcode == 'copy-start':  # (destination, source, context)
     return sum(a.hbm_bytes for a in op.arrays[:2])
@@ -200,9 +233,34 @@ def _collective(op: Instruction) -> float:
   return sum(a.bytes for operand in op.operands for a in operand.arrays)
 
 
+def _sorts(op: Instruction) -> int:
+  """Sorts, as operations or inside a fusion, and those of CUB."""
+  if op.opcode == 'fusion':
+    return sum(map(_sorts, op.called['calls'].instructions))
+  return op.opcode == 'sort' or 'Sort' in _library(op)[1]
+
+
+def _library(op: Instruction) -> tuple[str, str]:
+  """The CUDA library that an instruction calls and its function, or ''."""
+  if op.opcode != 'custom-call':
+    return '', ''
+  found = _TARGET.search(op.attributes)
+  return (found[1], found[2]) if found else ('', '')
+
+
 def _flops(op: Instruction) -> float:
+  library, function = _library(op)
+  if library == 'cudnn' and function in CUDNN:
+    arrays = [operand.arrays[0] for operand in op.operands] + [op.arrays[0]]
+    return _convolution_flops(op, *(arrays[i].sides for i in CUDNN[function]))
+  if library == 'cublas':
+    left = op.operands[0].arrays[0].sides
+    (axes,) = op.find(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
+    contracted = [left[int(i)] for i in re.findall(r'\d+', axes)]
+    return 2 * math.prod(op.arrays[0].sides) * math.prod(contracted)
   if op.opcode == 'convolution':
-    return _convolution_flops(op)
+    left, right = (operand.arrays[0].sides for operand in op.operands[:2])
+    return _convolution_flops(op, left, right, op.arrays[0].sides)
   if op.opcode == 'dot':
     left = op.operands[0].arrays[0].sides
     (axes,) = op.find(r'lhs_contracting_dims=\{([\d,]*)\}')
@@ -213,9 +271,13 @@ def _flops(op: Instruction) -> float:
   return 0
 
 
-def _convolution_flops(op: Instruction) -> float:
-  left, right = (operand.arrays[0].sides for operand in op.operands[:2])
-  output = op.arrays[0].sides
+def _convolution_flops(
+  op: Instruction,
+  left: tuple[int, ...],
+  right: tuple[int, ...],
+  output: tuple[int, ...],
+) -> float:
+  """Of a convolution with these sides of input, kernel and output."""
   of_left, of_right, of_output = op.find(r'dim_labels=(\w+)_(\w+)->(\w+)')
   window = re.search(r'window=\{([^}]*)\}', op.attributes)
   fields = dict(

@@ -1,4 +1,4 @@
-"""What a step costs on a TPU slice, from its compiler: no chip is needed."""
+"""What a step costs on chips, from their compiler: no chip is needed."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from skipinit_jax.ahead_of_time.chips import GIB, Slice
+from skipinit_jax.ahead_of_time.chips import GIB, PREALLOCATED, Gpu, Slice
 from skipinit_jax.ahead_of_time.counts import count
 from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.data.stand_in import stand_in
@@ -21,14 +21,32 @@ from skipinit_jax.training.describe import less_memory
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.program import Program, make_program
 
+# Figures that need a compiled program.
+COMPILED = (
+  'flops',
+  'bytes_accessed',
+  'hbm_bytes',
+  'activation_bytes',
+  'peak_bytes',
+  'compute_seconds',
+  'memory_seconds',
+  'collectives',
+  'collective_bytes',
+  'sorts',
+)
 MICRO_BATCHES = (1, 2, 4, 8)
 LARGEST_BATCH = 2**14  # A chip, where the search for one ends.
 
 
-def check(config: ConfigDict) -> None:
-  """Raises InputError for a recipe that can't be on any slice."""
+def check(config: ConfigDict, platform: str) -> None:
+  """Raises InputError for a recipe that can't be on any slice.
+
+  Args:
+    config: a recipe.
+    platform: 'tpu' or 'gpu'.
+  """
   check_config(config, 1)
-  build_model(config, stand_in(config.data).num_classes, 'tpu')
+  build_model(config, stand_in(config.data).num_classes, platform)
 
 
 def measure(
@@ -117,12 +135,13 @@ def cost(step: Callable, args: tuple, where: Slice) -> dict[str, Any]:
 
   Returns:
     Per chip: trace_seconds and compile_seconds (of this machine), flops and
-    hbm_bytes (see `counts`), bytes_accessed (the compiler's own),
-    activation_bytes (its temporary memory), peak_bytes, hbm_capacity_bytes,
-    fits, over_bytes (by how much it does not fit), compute_seconds,
-    memory_seconds and collective_bytes (handed to the other chips'
-    collectives). Where the step does not fit, the figures that need a compiled
-    program are None.
+    hbm_bytes (see `counts`), bytes_accessed (the compiler's own; None for
+    GPUs), activation_bytes (its temporary memory), peak_bytes,
+    hbm_capacity_bytes, fits, over_bytes (by how much it does not fit),
+    compute_seconds, memory_seconds, collectives and collective_bytes (handed to
+    them), sorts, and for GPUs launches and workspace_bytes: None, since cuDNN
+    chooses it on a GPU, so that the memory is a lower bound. Where the step
+    does not fit a TPU, the figures that need a compiled program are None.
   """
   cores, chip = where.cores, where.chip
   start = time.perf_counter()
@@ -137,21 +156,39 @@ def cost(step: Callable, args: tuple, where: Slice) -> dict[str, Any]:
     'over_bytes': cores * over,
   }
   if compiled is None:
-    missing = ('flops', 'bytes_accessed', 'hbm_bytes', 'activation_bytes')
-    missing += ('peak_bytes', 'compute_seconds', 'memory_seconds')
-    return result | dict.fromkeys((*missing, 'collective_bytes'))
+    return result | dict.fromkeys(COMPILED)
   memory = compiled.memory_analysis()
   counts = count(compiled.as_text()).times(cores)
-  return result | {
-    'flops': counts.flops,
-    'bytes_accessed': cores * compiled.cost_analysis()['bytes accessed'],
-    'hbm_bytes': counts.hbm_bytes,
-    'activation_bytes': cores * memory.temp_size_in_bytes,
-    'peak_bytes': cores * memory.peak_memory_in_bytes,
-    'compute_seconds': counts.flops / chip.flops,
-    'memory_seconds': counts.hbm_bytes / chip.bandwidth,
-    'collective_bytes': counts.collective_bytes,
-  }
+  accessed = (compiled.cost_analysis() or {}).get('bytes accessed')
+  values = (
+    counts.flops,
+    accessed and cores * accessed,
+    counts.hbm_bytes,
+    cores * memory.temp_size_in_bytes,
+    cores * memory.peak_memory_in_bytes,
+    counts.flops / chip.flops,
+    counts.hbm_bytes / chip.bandwidth,
+    counts.collectives,
+    counts.collective_bytes,
+    counts.sorts,
+  )
+  result |= zip(COMPILED, values, strict=True)
+  if isinstance(chip, Gpu):  # Its compiler refuses nothing.
+    peak = (
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes
+    )
+    result |= {
+      'peak_bytes': peak,
+      'hbm_capacity_bytes': chip.usable,
+      'fits': peak <= chip.usable,
+      'over_bytes': max(peak - chip.usable, 0.0),
+      'launches': counts.launches,
+      'workspace_bytes': None,
+    }
+  return result
 
 
 def find_batch(config: ConfigDict, where: Slice) -> tuple[int, list[dict]]:
@@ -207,9 +244,15 @@ def find_micro_batches(
 
 def remedy(result: dict[str, Any], config: ConfigDict) -> str:
   """One line for a step that does not fit."""
+  capacity = f'{result["hbm_capacity_bytes"] / GIB:.1f} GiB'
+  there = f'a chip of {result["topology"]} has ({capacity})'
+  if 'workspace_bytes' in result:
+    there = (
+      f'JAX takes of a GPU of {result["topology"]} ({capacity}; '
+      f'XLA_PYTHON_CLIENT_MEM_FRACTION is {PREALLOCATED} unless set)'
+    )
   return (
-    f'does not fit: {result["over_bytes"] / GIB:.2f} GiB more than a chip of '
-    f'{result["topology"]} has ({result["hbm_capacity_bytes"] / GIB:.1f} GiB); '
+    f'does not fit: {result["over_bytes"] / GIB:.2f} GiB more than {there}; '
     f'{less_memory(config)}'
   )
 
@@ -234,7 +277,7 @@ def _lacking(message: str) -> float:
   )
   if found is None:
     raise InputError(
-      f'the TPU compiler refuses this step: {message.strip().splitlines()[0]}'
+      f'the compiler refuses this step: {message.strip().splitlines()[0]}'
     )
   unit = {u: 1024.0**i for i, u in enumerate(('', *'KMGT'))}
   needed, needed_unit, there, there_unit = found.groups()

@@ -31,7 +31,19 @@ def _relu_jvp(
 # Not to be differentiated with the mask kept: a scan would keep it beside y.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _masked(y: jax.Array, dx: jax.Array) -> jax.Array:
+  return jax.lax.platform_dependent(y, dx, cuda=_barred, default=_where)
+
+
+def _where(y: jax.Array, dx: jax.Array) -> jax.Array:
   return jnp.where(y > 0, dx, jnp.zeros_like(y))
+
+
+def _barred(y: jax.Array, dx: jax.Array) -> jax.Array:
+  """For CUDA, where XLA would turn `max(x, 0) > 0` into `x > 0` and keep x.
+
+  On TPUs the barrier costs memory and traffic instead.
+  """
+  return _where(jax.lax.optimization_barrier(y), dx)
 
 
 def crelu(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The max-pool after the stem, whose gradient is fast on CPUs."""
+"""The max-pool after the stem, whose gradient is no scatter."""
 
 import functools
 from typing import Any
@@ -16,9 +16,9 @@ def max_pool(x: jax.Array, *, symmetric: bool) -> jax.Array:
   """Returns the maxima of 3x3 windows at a stride of 2.
 
   Of equal values the first one has the gradient, as in JAX's `reduce_window`.
-  For CPUs XLA turns JAX's gradient into a scatter with four indices for each
-  value; this one is ten times as fast. On other platforms the program is JAX's
-  own.
+  XLA makes a scatter of JAX's gradient for CPUs and GPUs. Here it is a sum: on
+  CPUs ten times as fast, on GPUs without indices that lie in memory through the
+  backward pass, and deterministic. On TPUs the program is JAX's own.
 
   Args:
     x: floating (batch, height, width, channels).
@@ -51,8 +51,10 @@ def _max_pool_jvp(
   # Only x is kept for the backward pass.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def tangent(x: jax.Array, dx: jax.Array) -> jax.Array:
-    cpu = functools.partial(_by_place, padding=padding)
-    return jax.lax.platform_dependent(x, dx, cpu=cpu, default=default)
+    ours = functools.partial(_by_place, padding=padding)
+    return jax.lax.platform_dependent(
+      x, dx, cpu=ours, cuda=ours, default=default
+    )
 
   return _max_pool(x, padding), tangent(x, dx)
 

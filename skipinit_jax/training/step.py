@@ -1,6 +1,5 @@
 """The training and evaluation steps: pure functions under the axis `AXIS`."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from flax import linen as nn
 
 from skipinit_jax.models.moments import branch_moments
 from skipinit_jax.models.parameters import alphas, block_norms
+from skipinit_jax.training import cuda
 from skipinit_jax.training.devices import AXIS
 
 
@@ -149,7 +149,7 @@ def train_step(
   ema = state.ema
   if ema_decay is not None:
     ema = _averages(state, params, batch_stats, ema_decay, ema_warmup)
-  grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
+  grad_norm, param_norm = cuda.norm(grads), cuda.norm(params)
   finite = jnp.isfinite(jnp.stack([loss, grad_norm, param_norm])).all()
 
   skips = ~finite & (state.skipped < max_skips)
@@ -176,6 +176,7 @@ def train_step(
     'finite': finite | skips,
     **jax.lax.psum(message, AXIS),
   }
+  updated = cuda.join_scalars(updated)
   return select(finite, updated, select(skips, passed_over, state)), metrics
 
 
@@ -309,10 +310,11 @@ def gradient(
     top1 = in_top_k(logits, targets.argmax(-1), 1).mean()
     return loss, (top1, changed.get('batch_stats', {}))
 
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  (loss, (top1, batch_stats)), grads = accumulate(
-    functools.partial(grad_fn, state.params), drawn, micro_batches
-  )
+  def grad_fn(*part):
+    out, grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *part)
+    return out, cuda.settle(grads, summed=micro_batches > 1)
+
+  (loss, (top1, batch_stats)), grads = accumulate(grad_fn, drawn, micro_batches)
   return jax.lax.pmean(((loss, top1, batch_stats), grads), AXIS)
 
 
