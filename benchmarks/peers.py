@@ -25,7 +25,9 @@ NETWORKS = {
   'example': "Flax's example: V1.5, batch normalization",
   'torch': 'PyTorch: V1.5, batch normalization, channels-last, compiled',
   'batchnorm': 'ours: batch normalization',
+  'batchnorm_micro4': 'ours: batch normalization, 4 micro-batches',
   'fixup': 'ours: Fixup',
+  'fixup_micro4': 'ours: Fixup, 4 micro-batches',
   'activation': 'ours: SkipInit, alpha on the activation',
   'skipinit': 'ours: SkipInit, alpha folded',
   'micro2': 'ours: SkipInit, 2 micro-batches',
@@ -48,18 +50,20 @@ def recipe(network: str, data: str, batch_size: int) -> ConfigDict:
   config.optimizer.nesterov = True
   config.optimizer.l2 = 1e-4
   config.schedule.name = 'cosine'
-  method = network if network in ('batchnorm', 'fixup') else 'skipinit'
+  method, _, micro = network.partition('micro')
+  method = method.removesuffix('_')
+  method = method if method in ('batchnorm', 'fixup') else 'skipinit'
   config.model.method = method
   config.model.biases = method == 'skipinit'
-  config.model.statistics_group = 'device'
+  config.model.statistics_group = '64' if micro else 'device'
   if data == 'imagenet2012':
     config.model.name = 'resnet'
     config.model.depth = 50
   else:
     config.model.depth = 16
     config.model.width = 4
-  if network.startswith('micro'):
-    config.micro_batches = int(network.removeprefix('micro'))
+  if micro:
+    config.micro_batches = int(micro)
   if network.startswith('calls'):
     config.steps_per_call = int(network.removeprefix('calls'))
   return config

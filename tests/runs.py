@@ -13,7 +13,10 @@ import jax
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from jax.sharding import Mesh, PartitionSpec
 
+from skipinit_jax.ahead_of_time import chips
+from skipinit_jax.training.devices import AXIS
 from skipinit_jax.training.metrics import TIMINGS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,9 +175,35 @@ def empty_bucket():
   return 'gs://bucket'
 
 
-def by_tpu_compiler(code, *args):
-  """What `code` prints as JSON, in a process of its own with libtpu."""
-  pytest.importorskip('libtpu')
+def by_shard_map(step, split, devices=None, *, donate_argnums=()):
+  """`devices.map_over_devices`, by `jit` of `shard_map`."""
+
+  def of_device(*args):
+    one = [
+      jax.tree.map(lambda x: x[0], arg) if stacked else arg
+      for arg, stacked in zip(args, split, strict=True)
+    ]
+    return step(*one)
+
+  same, by_device = PartitionSpec(), PartitionSpec(AXIS)
+  mapped = jax.shard_map(
+    of_device,
+    mesh=Mesh(np.array(devices or jax.devices()), (AXIS,)),
+    in_specs=tuple(by_device if stacked else same for stacked in split),
+    out_specs=same,
+    check_vma=False,
+  )
+  return jax.jit(mapped, donate_argnums=donate_argnums)
+
+
+def by_compiler(topology, code, *args):
+  """What `code` prints as JSON, in a process of its own.
+
+  Skips the test without the compiler for the topology: libtpu is among the
+  development requirements, CUDA's (`jax[cuda13]`, 5 GB) is not.
+  """
+  gpu = chips.platform_of(topology) == 'gpu'
+  pytest.importorskip('jax_plugins.xla_cuda13' if gpu else 'libtpu')
   done = subprocess.run(
     [sys.executable, '-c', code, *map(str, args)],
     cwd=ROOT,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from runs import by_tpu_compiler
+from runs import by_compiler
 
 from configs import imagenet
 from skipinit_jax import METHODS, SkipInit, SkipInitConv, SkipInitDense
@@ -193,11 +193,13 @@ print(json.dumps(found))
 
 
 def test_a_tpu_adds_up_nothing_long_in_bfloat16():
-  found = by_tpu_compiler(TPU, 8, 64, 'fixup_dropout')
+  found = by_compiler('v5e:2x2', TPU, 8, 64, 'fixup_dropout')
   assert found == {'fixup_dropout': []}
 
 
 @pytest.mark.slow
 def test_a_tpu_adds_up_nothing_long_in_bfloat16_in_any_row():
   rows = imagenet.ROWS
-  assert by_tpu_compiler(TPU, 64, 224, *rows) == {row: [] for row in rows}
+  assert by_compiler('v5e:2x2', TPU, 64, 224, *rows) == {
+    row: [] for row in rows
+  }

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import by_tpu_compiler
+from runs import by_compiler
 
 from skipinit_jax.ahead_of_time.counts import Counts, count, narrow_sums
 from skipinit_jax.errors import InputError
@@ -295,6 +295,102 @@ def test_flops_of_a_matrix_product_in_nested_scans():
   assert count(text).flops == 3 * 5 * 2 * 16 * 32 * 32
 
 
+# As XLA writes them for an H100: a convolution of 16 images of 8x8 with 32
+# channels, by 64 kernels of 3x3 at a stride of 2, and its two gradients.
+IMAGES = 'bf16[16,8,8,32]{3,2,1,0}'
+KERNELS = 'bf16[64,3,3,32]{3,2,1,0}'
+OUTPUTS = 'bf16[16,4,4,64]{3,2,1,0}'
+CUDNN = """
+  %a = FIRST parameter(0)
+  %b = SECOND parameter(1)
+  %c = (RESULT, u8[0]{0}) custom-call(%a, %b), window={size=3x3 pad=0_1x0_1 stride=2x2}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$FUNCTION", backend_config={"cudnn_conv_backend_config":{"activation_mode":"kNone"}}
+  ROOT %r = RESULT get-tuple-element(%c), index=0"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+  ('function', 'types'),
+  [
+    ('convForward', (IMAGES, KERNELS, OUTPUTS)),
+    ('convBiasActivationForward', (IMAGES, KERNELS, OUTPUTS)),
+    ('convBackwardInput', (OUTPUTS, KERNELS, IMAGES)),
+    ('convBackwardFilter', (IMAGES, OUTPUTS, KERNELS)),
+  ],
+)
+def test_calls_of_cudnn_are_convolutions(function, types):
+  text = CUDNN.replace('FUNCTION', function)
+  for name, kind in zip(('FIRST', 'SECOND', 'RESULT'), types, strict=True):
+    text = text.replace(name, kind)
+  # By side of 8 there are 4 outputs of 3 taps; the last tap is padding once.
+  flops = 2 * 16 * 64 * 32 * (4 * 3 - 1) ** 2
+  bytes_ = 2 * (16 * 64 * 32 + 64 * 9 * 32 + 16 * 16 * 64)
+  counted = count(entry(text))
+  assert counted == Counts(hbm_bytes=bytes_, flops=flops, launches=1)
+
+
+def test_calls_of_cublas_are_products():
+  counted = count(
+    entry("""
+  %a = f32[128,1000]{1,0} parameter(0)
+  %b = f32[128,512]{1,0} parameter(1)
+  %c = (f32[1000,512]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_contracting_dimensions":["0"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %r = f32[1000,512]{1,0} get-tuple-element(%c), index=0""")  # noqa: E501
+  )
+  assert counted.flops == 2 * 1000 * 512 * 128
+  # Its workspace is no traffic that is known.
+  assert counted.hbm_bytes == 4 * (128 * 1000 + 128 * 512 + 1000 * 512)
+
+
+SORTS = """
+%sorts (p: f32[64]) -> f32[64] {
+  %p = f32[64]{0} parameter(0)
+  ROOT %s = f32[64]{0} sort(%p), dimensions={0}, to_apply=%less
+}
+"""
+
+
+@pytest.mark.parametrize(
+  'line',
+  [
+    'sort(%a), dimensions={0}, to_apply=%less',
+    'fusion(%a), kind=kCustom, calls=%sorts',
+    'custom-call(%a), custom_call_target="__cub$DeviceRadixSort"',
+    'custom-call(%a), custom_call_target="__cub$DeviceRadixSortUnassignedScratch"',  # noqa: E501
+  ],
+)
+def test_sorts_are_counted_however_they_are_called(line):
+  lines = f'\n  %a = f32[64]{{0}} parameter(0)\n  ROOT %s = f32[64]{{0}} {line}'
+  assert count(SORTS + entry(lines)).sorts == 1
+
+
+def test_launches_are_what_computes_or_copies():
+  counted = count(
+    entry("""
+  %a = f32[1024]{0} parameter(0)
+  %z = f32[] constant(0)
+  %b = f32[32,32]{1,0} bitcast(%a)
+  %n = f32[32,32]{1,0} negate(%b)
+  %s = (f32[1024]{0}, f32[1024]{0}, u32[]) copy-start(%a)
+  %d = f32[1024]{0} copy-done(%s)
+  %t = (f32[1024]{0}, f32[32,32]{1,0}) tuple(%d, %n)
+  ROOT %g = f32[32,32]{1,0} get-tuple-element(%t), index=1""")
+  )
+  assert counted.launches == 2
+
+
+def test_launches_of_a_loop_are_those_of_its_steps():
+  # Of body and condition: an addition, a negation, a comparison.
+  assert count(BODY + MAIN.replace('NOTE', '')).launches == 7 * 3
+
+
+def test_collectives_are_numbered():
+  lines = """
+  %a = f32[1024]{0} parameter(0)
+  %b = f32[1024]{0} all-reduce(%a), to_apply=%add
+  %c = f32[1024]{0} all-reduce-start(%b), to_apply=%add
+  ROOT %d = f32[1024]{0} all-reduce-done(%c)"""
+  assert count(entry(lines)).collectives == 2
+
+
 TPU = """
 import dataclasses, functools, json, sys
 import jax, jax.numpy as jnp
@@ -343,7 +439,8 @@ json.dump(out, sys.stdout)
 def tpu():
   """Counts of small programs by the TPU compiler, in a process of its own."""
   return {
-    name: Counts(**counts) for name, counts in by_tpu_compiler(TPU).items()
+    name: Counts(**counts)
+    for name, counts in by_compiler('v5e:2x2', TPU).items()
   }
 
 

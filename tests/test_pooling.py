@@ -78,7 +78,7 @@ def test_only_the_image_is_kept_for_the_backward_pass():
   assert [a.shape for a in jax.tree.leaves(vjp)] == [x.shape]
 
 
-def test_only_cpus_leave_the_gradient_of_jax():
+def test_only_tpus_have_the_gradient_of_jax():
   def scatters(f, platform):
     f = functools.partial(f, symmetric=False)
     traced = jax.jit(jax.grad(lambda x: f(x).sum())).trace(normal((2, 8, 8, 3)))
@@ -87,4 +87,5 @@ def test_only_cpus_leave_the_gradient_of_jax():
 
   assert scatters(theirs, 'cpu') == scatters(theirs, 'tpu') == 1
   assert scatters(max_pool, 'tpu') == 1
-  assert scatters(max_pool, 'cpu') == 0
+  assert scatters(theirs, 'cuda') == 1
+  assert scatters(max_pool, 'cpu') == scatters(max_pool, 'cuda') == 0

@@ -145,6 +145,7 @@ GPUS = {
 CHIPS = TPUS | GPUS
 PER_HOST = 8  # GPUs of one host, at most.
 PREALLOCATED = 0.75  # Share of a GPU's memory that JAX takes, by its docs.
+CUDA_PACKAGES = ('jax-cuda13-pjrt', 'jax-cuda12-pjrt')  # The compiler.
 INSTALL_TPU = 'pip install libtpu'
 INSTALL_GPU = "pip install 'jax[cuda13]' (or 'jax[cuda12]'); no GPU is needed"
 # Read when libtpu is loaded. Other processes may have it loaded too, and there
@@ -254,7 +255,7 @@ def _gpus(name: str, kind: str, count: str) -> Slice:
 def _check_cuda() -> None:
   """Raises InputError unless the CUDA compiler is here, as new as jaxlib."""
   installed = {}
-  for package in ('jaxlib', 'jax-cuda13-pjrt', 'jax-cuda12-pjrt'):
+  for package in ('jaxlib', *CUDA_PACKAGES):
     try:
       installed[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

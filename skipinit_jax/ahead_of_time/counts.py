@@ -71,6 +71,7 @@ CUDNN = {
   'convBackwardFilter': (0, RESULT, 1),
 }
 _TARGET = re.compile(r'custom_call_target="__(cudnn|cublas|cub)\$([\w$]+)"')
+WORKSPACE = ('u8', 's8')  # Dtypes of scratch memory that calls return too.
 # Custom calls of the TPU compiler that only name memory.
 NAMING = ('"AllocateBuffer"', '"ConcatBitcast"')
 
@@ -184,6 +185,8 @@ def _written(op: Instruction) -> float:
   if op.opcode.endswith('-start') and op.opcode != 'all-reduce-start':
     # ((operands), outputs, context ...)
     outputs = op.arrays[len(op.operands) : 2 * len(op.operands)]
+  if _library(op)[0] in ('cudnn', 'cublas'):
+    outputs = [a for a in outputs if a.dtype not in WORKSPACE]
   sources = [op] * len(outputs)
   if op.opcode == 'fusion':
     sources = results(op)
