@@ -1,16 +1,19 @@
 """What a step would cost elsewhere: figures, searches, bad input."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from runs import by_compiler
 
 from configs import cifar10, digits
 from skipinit_jax.ahead_of_time import __main__ as command_line
@@ -231,6 +234,110 @@ def test_unknown_chip_and_topology_name_those_that_exist():
     chips.topology('v5e:3x3')
   with pytest.raises(InputError, match="unknown topology 'v4'"):
     chips.topology('v4')
+
+
+@pytest.mark.parametrize(
+  ('name', 'line'),
+  [
+    ('h100s', "unknown chip 'h100s'; did you mean 'h100'"),
+    ('xh100', "unknown chip 'xh100'; did you mean 'h100'"),
+    ('h100x0', "'h100x0': expected h100x1 to h100x8, or a multiple of 8"),
+    ('h100x12', "'h100x12': expected h100x1 to h100x8, or a multiple of 8"),
+    ('h100:8', "'h100:8': expected h100x1 to h100x8"),
+    ('v5ex4', "unknown topology 'v5ex4'.*v5e:2x2"),
+  ],
+)
+def test_unknown_gpus_and_counts_say_what_there_is(name, line):
+  with pytest.raises(InputError, match=line):
+    chips.topology(name)
+
+
+@pytest.mark.parametrize(
+  ('versions', 'line'),
+  [
+    ({}, r'compiling for a GPU needs its compiler: pip install .jax\[cuda13\]'),
+    ({'jax-cuda12-pjrt': '0.4.0'}, 'jax-cuda12-pjrt 0.4.0 does not go with'),
+    ({'jax-cuda13-pjrt': '0.10.1'}, 'expected jax-cuda13-pjrt 0.10.2'),
+  ],
+)
+def test_the_cuda_compiler_is_there_and_as_new_as_jaxlib(
+  monkeypatch, versions, line
+):
+  def version(package):
+    if package not in versions:
+      raise importlib.metadata.PackageNotFoundError(package)
+    return versions[package]
+
+  versions = versions | {'jaxlib': '0.10.2'}
+  monkeypatch.setattr(importlib.metadata, 'version', version)
+  with pytest.raises(InputError, match=line):
+    chips.topology('h100x8')
+
+
+def test_gpus_are_described_as_the_compiler_asks(monkeypatch):
+  """XLA's text for an H100 has the same fields, and these values."""
+  text = chips.GPUS['h100'].description()
+  for field in (
+    'threads_per_block_limit: 1024',
+    'shared_memory_per_core: 233472',
+    'shared_memory_per_block_optin: 232448',
+    'core_count: 132',
+    'fpus_per_core: 128',
+    'l2_cache_size: 52428800',
+    'clock_rate_ghz: 1.98',
+    'cuda_compute_capability { major: 9 minor: 0 }',
+    'device_description_str: "NVIDIA H100 80GB HBM3"',
+  ):
+    assert field in text
+  asked = {}
+
+  def describe(**options):
+    asked.update(options)
+    return mock.Mock(
+      devices=[mock.Mock(process_index=i // 8) for i in range(16)]
+    )
+
+  monkeypatch.setattr(chips, '_check_cuda', lambda: None)
+  monkeypatch.setattr(chips.topologies, 'get_topology_desc', describe)
+  monkeypatch.setenv('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '')
+  where = chips.topology('h100x16')
+  assert (where.chips, where.hosts, where.cores) == (16, 2, 1)
+  assert asked['topology'] == '1x2x8'
+  assert asked['target_config'] == text
+
+
+def test_a_step_that_jax_has_no_memory_for_says_how_to_have_more(measured):
+  gpu = measured | {
+    'topology': 'l4x1',
+    'hbm_capacity_bytes': 18e9,
+    'over_bytes': 2**31,
+    'workspace_bytes': None,
+  }
+  line = measure.remedy(gpu, recipe())
+  assert '2.00 GiB more than JAX takes of a GPU of l4x1 (16.8 GiB' in line
+  assert 'XLA_PYTHON_CLIENT_MEM_FRACTION is 0.75' in line
+  assert '--config.micro_batches=2' in line
+
+
+@pytest.mark.parametrize('chip', chips.GPUS)
+def test_every_gpu_is_one_that_the_compiler_takes(chip):
+  code = """
+import sys, jax
+jax.config.update('jax_platforms', 'cpu')
+from skipinit_jax.ahead_of_time import chips, measure
+where = chips.topology(sys.argv[1] + 'x2')
+step = jax.pmap(
+  lambda x: jax.lax.psum(x @ x, 'i'), 'i', devices=where.devices)
+x = jax.ShapeDtypeStruct((2, 512, 512), 'float32')
+cost = measure.cost(step, (x,), where)
+import json; print(json.dumps([where.chips, where.hosts, cost]))
+"""
+  chips_, hosts, cost = by_compiler('h100x2', code, chip)
+  assert (chips_, hosts) == (2, 1)
+  assert cost['flops'] == 2 * 512**3
+  assert cost['fits']
+  assert cost['collective_bytes'] == 4 * 512**2
+  assert cost['workspace_bytes'] is None
 
 
 def test_missing_libtpu_says_how_to_install_it(monkeypatch):

@@ -60,6 +60,7 @@ MODULES = {
   'growth': 'benchmarks.growth',
   'throughput': 'benchmarks.throughput',
   'tpu_cost': 'benchmarks.tpu_cost',
+  'gpu_cost': 'benchmarks.gpu_cost',
   'input_pipeline': 'benchmarks.input_pipeline',
 }
 modules = {name: importlib.import_module(m) for name, m in MODULES.items()}

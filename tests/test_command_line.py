@@ -87,21 +87,36 @@ import jax
 import skipinit_jax.training.__main__ as command
 
 def train(config, workdir):
-  raise jax.errors.JaxRuntimeError(
-    'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9GiB.\\nmore'
-  )
+  raise jax.errors.JaxRuntimeError('MESSAGE\\nmore')
 
 command.train = train
 command.run()
 """
 
 
-def test_a_step_that_does_not_fit_is_one_line_with_a_remedy(tmp_path):
+@pytest.mark.parametrize(
+  ('message', 'line'),
+  [
+    (
+      'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9GiB.',
+      'the step does not fit in memory (RESOURCE_EXHAUSTED: Out of memory '
+      'while trying to allocate 9GiB.); first try --config.micro_batches=4, '
+      'then --config.model.remat=True, then a smaller --config.batch_size',
+    ),
+    (
+      'FAILED_PRECONDITION: DNN library initialization failed.',
+      'the GPU has no memory left for JAX, which other processes may hold '
+      '(FAILED_PRECONDITION: DNN library initialization failed.): see '
+      'nvidia-smi; XLA_PYTHON_CLIENT_MEM_FRACTION=.4 asks for less',
+    ),
+  ],
+)
+def test_no_memory_is_one_line_with_a_remedy(tmp_path, message, line):
   done = subprocess.run(
     [
       sys.executable,
       '-c',
-      EXHAUSTED,
+      EXHAUSTED.replace('MESSAGE', message),
       f'--workdir={tmp_path}/run',
       '--config=synthetic',
       '--config.micro_batches=2',
@@ -114,8 +129,4 @@ def test_a_step_that_does_not_fit_is_one_line_with_a_remedy(tmp_path):
     check=False,
   )
   assert done.returncode == 1, done.stderr
-  assert done.stderr == (
-    'error: the step does not fit in memory (RESOURCE_EXHAUSTED: Out of memory '
-    'while trying to allocate 9GiB.); first try --config.micro_batches=4, then '
-    '--config.model.remat=True, then a smaller --config.batch_size\n'
-  )
+  assert done.stderr == f'error: {line}\n'

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+import re
 from typing import Any
 
 import jax
@@ -189,12 +190,11 @@ def topology(name: str) -> Slice:
     InputError: an unknown chip or number of them, or the compiler is missing,
       of another version, or in use.
   """
-  kind, colon, _ = name.partition(':')
-  if kind in TPUS or colon:
-    return _tpus(name, kind)
   kind, count = _kind_and_count(name)
   if kind in GPUS:
     return _gpus(name, kind, count)
+  if kind in TPUS:
+    return _tpus(name, kind)
   raise InputError(unknown('chip', kind, CHIPS))
 
 
@@ -204,13 +204,12 @@ def platform_of(name: str) -> str:
 
 
 def _kind_and_count(name: str) -> tuple[str, str]:
-  kind, _, count = name.rpartition('x')
-  return (kind, count) if kind and count.isdecimal() else (name, '1')
+  """The chip, and for a GPU how many, in the words of the name."""
+  found = re.fullmatch(r'(.+?)(?:x(\d+)|:.*)?', name, re.DOTALL)
+  return (found[1], found[2] or '1') if found else (name, '1')
 
 
 def _tpus(name: str, kind: str) -> Slice:
-  if kind not in TPUS:
-    raise InputError(unknown('chip', kind, CHIPS))
   known = [f'{kind}:{shape}' for shape in TPUS[kind].topologies]
   if name not in known:
     raise InputError(unknown('topology', name, known))
@@ -232,7 +231,7 @@ def _tpus(name: str, kind: str) -> Slice:
 def _gpus(name: str, kind: str, count: str) -> Slice:
   chips = int(count)
   hosts, rest = divmod(chips, PER_HOST)
-  if not chips or (hosts and rest):
+  if ':' in name or not chips or (hosts and rest):
     raise InputError(
       f'topology {name!r}: expected {kind}x1 to {kind}x{PER_HOST}, or a '
       f'multiple of {PER_HOST} for several hosts'

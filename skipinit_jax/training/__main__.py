@@ -30,6 +30,13 @@ from skipinit_jax.training.recipes import (
 )
 from skipinit_jax.training.signals import Stopped, Tolerant
 
+# How CUDA's libraries say that nothing is left for them, in JAX's messages.
+GPU_IN_USE = (
+  'CUDA_ERROR_OUT_OF_MEMORY',
+  'CUBLAS_STATUS_NOT_INITIALIZED',
+  'DNN library initialization failed',
+)
+
 
 def parser() -> cli.Parser:
   """The flags."""
@@ -135,6 +142,13 @@ def _one_line_each(config: ConfigDict) -> Iterator[None]:
     if first.startswith('RESOURCE_EXHAUSTED'):
       _exit(
         f'the step does not fit in memory ({first}); {less_memory(config)}',
+        FAILED,
+      )
+    if any(symptom in first for symptom in GPU_IN_USE):
+      _exit(
+        f'the GPU has no memory left for JAX, which other processes may hold '
+        f'({first}): see nvidia-smi; XLA_PYTHON_CLIENT_MEM_FRACTION=.4 asks '
+        'for less',
         FAILED,
       )
     if jax.process_count() == 1:
