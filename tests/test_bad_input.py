@@ -61,6 +61,7 @@ MODULES = {
   'throughput': 'benchmarks.throughput',
   'tpu_cost': 'benchmarks.tpu_cost',
   'gpu_cost': 'benchmarks.gpu_cost',
+  'on_gpu': 'benchmarks.on_gpu',
   'input_pipeline': 'benchmarks.input_pipeline',
 }
 modules = {name: importlib.import_module(m) for name, m in MODULES.items()}

@@ -1,5 +1,6 @@
 """The benchmarks: what they compare, their tables, and those in the docs."""
 
+import io
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks import (
   cpu_parts,
   growth,
   input_pipeline,
+  on_gpu,
   peers,
   throughput,
   tpu_cost,
@@ -22,6 +24,7 @@ from skipinit_jax.models import ResNet, layers
 from skipinit_jax.models.skipinit import SkipInitConv
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.network import build_model
+from skipinit_jax.training.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -200,3 +203,78 @@ def test_growth_is_drawn_from_what_was_measured(tmp_path):
   growth.draw(report, tmp_path / 'growth.png')
   assert (tmp_path / 'growth.png').stat().st_size > 10_000
   assert (ROOT / 'docs' / 'growth.png').stat().st_size < 200_000
+
+
+def test_rounds_end_in_time_and_nothing_measured_is_lost(monkeypatch):
+  clock, kept = [0.0], []
+
+  def measured(name, case, seconds, cache):
+    clock[0] += 10
+    if name == 'torch':
+      return {'error': 'CUDA out of memory'}
+    return {'images_per_second': clock[0]}
+
+  monkeypatch.setattr(on_gpu.throughput, 'measure', measured)
+  monkeypatch.setattr(on_gpu.time, 'monotonic', lambda: clock[0])
+
+  def rounds(ends):
+    clock[0] = 0
+    kept.clear()
+    cases = {'resnet50:8': ['example', 'torch'], 'wrn16-4:8': ['skipinit']}
+    on_gpu.speed(cases, 1, '', ends, lambda found: kept.append(dict(found)))
+    return {
+      f'{case} {name}': len(runs)
+      for case, names in kept[-1].items()
+      for name, runs in names.items()
+    }
+
+  assert rounds(0) == {'resnet50:8 example': 1}
+  assert rounds(15) == {'resnet50:8 example': 1, 'resnet50:8 torch': 1}
+  # 30 s for the first round, 20 for each of the others.
+  assert rounds(59) == {
+    'resnet50:8 example': 1,
+    'resnet50:8 torch': 1,
+    'wrn16-4:8 skipinit': 1,
+  }
+  assert rounds(80) == {
+    'resnet50:8 example': 3,
+    'resnet50:8 torch': 1,
+    'wrn16-4:8 skipinit': 3,
+  }
+  assert clock[0] == 70
+
+
+def test_tables_of_a_gpu_say_what_did_not_run():
+  fast, slow = {'steps_per_second': 30.0}, {'steps_per_second': 10.0}
+  lines = on_gpu.tables(
+    {
+      'packed': {'1': slow, '4': fast},
+      'vmap': {'1': slow, '4': {'error': 'no memory'}},
+      'deterministic': {
+        'as usual': [fast | {'digest': 'a'}, fast | {'digest': 'b'}],
+        'deterministic': [slow | {'digest': 'a'}, slow | {'digest': 'a'}],
+      },
+    }
+  )
+  assert '| 4 | 30.0 | 3.00 |' in lines
+  assert '| 4 | did not run: no memory | - |' in lines
+  assert '| as usual | no | 30.0 | 1.00 |' in lines
+  assert '| deterministic | yes | 10.0 | 0.33 |' in lines
+
+
+@pytest.mark.parametrize('part', [*on_gpu.SERVE])
+def test_parts_of_a_gpu_run_here_too(part, monkeypatch, capsys):
+  monkeypatch.setattr('sys.stdin', io.StringIO('go\n'))
+  found = on_gpu.SERVE[part](toy_recipe(), 0.01, 2)
+  assert found['steps_per_second'] > 0
+  if part == 'deterministic':
+    again = on_gpu.SERVE[part](toy_recipe(), 0.01, 2)
+    other = on_gpu.SERVE[part](toy_recipe(), 0.01, 3)
+    assert again['digest'] == found['digest'] != other['digest']
+  assert ('ready' in capsys.readouterr().out) == (part == 'packed')
+
+
+def toy_recipe():
+  config = load_recipe('digits')
+  config.model.depth, config.batch_size = 10, 8
+  return config

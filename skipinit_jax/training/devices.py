@@ -111,7 +111,7 @@ def set_deterministic(config: ConfigDict) -> None:
   """
   flags = os.environ.get('XLA_FLAGS', '')
   if config.deterministic and DETERMINISTIC not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} {DETERMINISTIC}'
+    os.environ['XLA_FLAGS'] = f'{flags} {DETERMINISTIC}'.strip()
 
 
 def set_cpu_flag() -> None:
