@@ -13,8 +13,9 @@ import optax
 from flax.typing import Dtype
 from ml_collections import ConfigDict
 
-from skipinit_jax.models import convolution, layers, resnet
+from skipinit_jax.models import activations, convolution, layers, resnet
 from skipinit_jax.models.precision import Conv, widen
+from skipinit_jax.training import cuda
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.devices import AXIS
 from skipinit_jax.training.recipes import load_recipe
@@ -30,6 +31,7 @@ NETWORKS = {
   'fixup_micro4': 'ours: Fixup, 4 micro-batches',
   'activation': 'ours: SkipInit, alpha on the activation',
   'skipinit': 'ours: SkipInit, alpha folded',
+  'jax': "ours: SkipInit, with JAX's own gradients and sums",
   'micro2': 'ours: SkipInit, 2 micro-batches',
   'micro4': 'ours: SkipInit, 4 micro-batches',
   'micro8': 'ours: SkipInit, 8 micro-batches',
@@ -72,7 +74,8 @@ def recipe(network: str, data: str, batch_size: int) -> ConfigDict:
 def as_network(network: str) -> contextlib.AbstractContextManager:
   """A context in which our networks are built as `network` names them.
 
-  'jax': with the convolutions and the pool that JAX derives gradients of.
+  'jax': with the convolutions, ReLU and pool that JAX derives gradients of, and
+  the sums that XLA makes of Optax's.
   """
   context = contextlib.ExitStack()
   if network == 'activation':
@@ -81,6 +84,10 @@ def as_network(network: str) -> contextlib.AbstractContextManager:
     for module, name, function in (
       (layers, 'convolve', convolve_by_jax),
       (resnet, 'max_pool', max_pool_by_jax),
+      (activations, '_barred', activations._where),
+      (cuda, 'settle', lambda grads, *, summed: grads),
+      (cuda, 'norm', optax.tree.norm),
+      (cuda, 'join_scalars', lambda tree: tree),
     ):
       context.enter_context(mock.patch.object(module, name, function))
   return context

@@ -74,7 +74,7 @@ def networks(case: str, platform: str) -> list[str]:
   On a CPU batches are too small to cut, and `cpu_loops` measures loops; several
   steps per call need data on the device.
   """
-  names = [n for n in peers.NETWORKS if '_micro' not in n]
+  names = [n for n in peers.NETWORKS if n != 'jax' and '_micro' not in n]
   if importlib.util.find_spec('torch') is None or platform == 'tpu':
     names.remove('torch')
   if case.startswith('resnet50'):

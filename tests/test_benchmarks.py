@@ -12,6 +12,7 @@ import pytest
 from benchmarks import (
   cpu_loops,
   cpu_parts,
+  gpu_cost,
   growth,
   input_pipeline,
   on_gpu,
@@ -186,6 +187,8 @@ def test_micro_batches_and_several_steps_are_not_for_cpus():
   ('file', 'table'),
   [
     ('tpu_cost', tpu_cost.table),
+    ('gpu_cost', gpu_cost.of_networks),
+    ('gpu_cost', gpu_cost.of_recipes),
     ('throughput', lambda r: throughput.table(r['cases'])),
     ('input_pipeline', input_pipeline.table),
     ('cpu_loops', lambda r: cpu_loops.table(r['cases'])),
@@ -194,7 +197,7 @@ def test_micro_batches_and_several_steps_are_not_for_cpus():
 )
 def test_tables_of_the_docs_are_those_of_the_files(file, table):
   report = json.loads((ROOT / 'docs' / f'{file}.json').read_text())
-  page = 'cpu.md' if file.startswith('cpu') else 'measurements.md'
+  page = {'cpu': 'cpu.md', 'gpu': 'gpu.md'}.get(file[:3], 'measurements.md')
   assert table(report) in (ROOT / 'docs' / page).read_text()
 
 
