@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from benchmarks import costs
+from benchmarks.peers import NETWORKS
 from skipinit_jax import cli, markdown
 from skipinit_jax.ahead_of_time.chips import (
   CUDA_PACKAGES,
@@ -30,18 +31,7 @@ from skipinit_jax.training.recipes import load_recipe
 from skipinit_jax.training.result import versions
 
 BATCH = 256
-ROWS = [
-  'example',
-  'batchnorm',
-  'batchnorm_micro4',
-  'fixup',
-  'fixup_micro4',
-  'activation',
-  'skipinit',
-  'micro2',
-  'micro4',
-  'micro8',
-]
+ROWS = [n for n in NETWORKS if n not in ('torch', 'calls8')]
 # Recipe, its changes, and on what.
 RECIPES = {
   'digits': ('digits', {}, 'h100x1'),

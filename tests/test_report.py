@@ -1,5 +1,7 @@
 """The report of a study, from results whose numbers are known."""
 
+import csv
+import json
 import re
 from html.parser import HTMLParser
 
@@ -8,9 +10,10 @@ from studies import EVIL, UNFINISHED, make_grid, make_study, write_runs
 
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell
-from skipinit_jax.experiments.report import write_report
+from skipinit_jax.experiments.report import write_comparison, write_report
 from skipinit_jax.experiments.selection import runs_at
 from skipinit_jax.experiments.studies import Axis
+from skipinit_jax.experiments.tables import difference, make_tables
 
 
 class Page(HTMLParser):
@@ -59,15 +62,19 @@ def reported(tmp_path_factory):
 
 
 def test_cells_are_in_the_papers_form(reported):
+  """Seeds lie .1 to either side of their mean, whose standard error is .1.
+
+  Of Student's t with one degree of freedom 95 % lie within 12.7.
+  """
   _, page, _ = reported
   rate = '2−2 (2−2 to 2−1)'  # noqa: RUF001
   assert page.tables[0] == [
     ['depth', 'BatchNorm', 'SkipInit 0', 'Neither'],
     ['accuracy (%)', 'optimal rate'] * 3,
-    ['16', '93.5 ± 0.1', rate, '93.5 ± 0.1', rate, '–', '–'],  # noqa: RUF001
+    ['16', '93.5 ± 1.3', rate, '93.5 ± 1.3', rate, '–', '–'],  # noqa: RUF001
     [
       '100',
-      '90.0 ± 0.1',
+      '90.0 ± 1.3',
       rate,
       '2 of 3 rates done',
       '',
@@ -83,21 +90,21 @@ def test_cells_are_in_the_papers_form(reported):
 
 def test_ours_stands_beside_the_published(reported):
   _, page, _ = reported
-  assert [[row[0], *row[1:4]] for row in page.tables[1][1:]] == [
+  assert [[row[0], *row[1:4]] for row in page.tables[2][1:]] == [
     # 93.5 - 93.1, and the root of 0.1² + 0.2².
-    ['depth 16, BatchNorm', '93.5 ± 0.1', '93.1 ± 0.2', '+0.4 ± 0.2'],
-    ['depth 16, SkipInit 0', '93.5 ± 0.1', 'not published', ''],
+    ['depth 16, BatchNorm', '93.5 ± 1.3', '93.1 ± 0.2', '+0.4 ± 0.2'],
+    ['depth 16, SkipInit 0', '93.5 ± 1.3', 'not published', ''],
     [
       'depth 16, Neither',
       '–',  # noqa: RUF001
       '92.0 ± 0.1',
       'theirs trains, ours does not',
     ],
-    ['depth 100, BatchNorm', '90.0 ± 0.1', 'not published', ''],
+    ['depth 100, BatchNorm', '90.0 ± 1.3', 'not published', ''],
     ['depth 100, SkipInit 0', '2 of 3 rates done', 'not published', ''],
     ['depth 100, Neither', '–', '–', 'both do not train'],  # noqa: RUF001
   ]
-  rates = page.tables[1][1][5]
+  rates = page.tables[2][1][5]
   assert rates == '2−2 (2−3 to 2−2)'  # noqa: RUF001
 
 
@@ -109,8 +116,8 @@ def test_markdown_says_the_same(reported):
     for line in text.splitlines()
     if line.startswith('| ') and not line.startswith('| ---')
   ]
-  first, second = page.tables[:2]
-  assert lines == [lines[0], *first[2:], *second]
+  first, second, third = page.tables[:3]
+  assert lines == [lines[0], *first[2:], *second, *third]
   for name in re.findall(r'\]\((figures/.*)\)', text):
     assert (reported[0] / name).read_bytes().startswith(b'\x89PNG')
 
@@ -122,7 +129,8 @@ def test_what_was_tuned_on_which_split_is_said(reported):
     '240 training images held out',
     'The test split was evaluated exactly once',
     '2 seeds a rate, and 240',
-    'standard error of the mean over the seeds',
+    '95 % interval for the mean over the seeds',
+    'elsewhere the standard error of that mean',
     # Two runs a rate and cell; of one cell a rate and the tests lack.
     '44 of 48 done, 16 of these diverged; 7 minutes',
     '1 x abacus',
@@ -149,8 +157,9 @@ def test_every_cell_links_to_its_runs(reported):
   assert len(set(page.ids)) == len(page.ids)
   assert len([a for a in anchors if a.startswith('runs-')]) == 6
   files = [link for link in page.links if not link.startswith('#')]
-  # Three of each run, and the broken result.
-  assert len(files) == len(set(files)) == 3 * 44 + 1
+  # All numbers, three files of each run, and the broken result.
+  assert files[:2] == ['results.csv', 'results.json']
+  assert len(files) == len(set(files)) == 2 + 3 * 44 + 1
   assert all((workdir / link).is_file() for link in files)
   commands = [
     row[-1] for table in page.tables for row in table if len(row) == 10
@@ -205,6 +214,132 @@ def test_figures_show_all_that_is_done(reported):
   assert '>chance</text>' in svg
 
 
+def test_methods_are_compared_seed_by_seed(tmp_path):
+  grid = make_grid()
+  write_runs(tmp_path, grid)
+  # Of BatchNorm .934 and .936.
+  for seed, top1 in enumerate((0.904, 0.908)):
+    run = runs_at(grid, Cell('', '16', 'skipinit'), -2, TEST)[seed]
+    path = run.folder(tmp_path) / 'result.json'
+    result = json.loads(path.read_text())
+    result['eval']['top1'] = top1
+    path.write_text(json.dumps(result))
+  findings = Findings(make_study(grid), grid, 'cifar10', tmp_path)
+  table = next(t for t in make_tables(findings) if 'less that' in t.caption)
+  assert table.flat_heads == ['depth', 'SkipInit 0', 'Neither']
+  # The differences are 3.0 and 2.8: .1 * 12.7 is 1.3.
+  assert [entry.text for entry in table.rows[0]] == [
+    '16',
+    '\N{MINUS SIGN}2.9 ± 1.3\nbehind',
+    '\N{EN DASH}',
+  ]
+  assert [entry.text for entry in table.rows[1]][1:] == [
+    'not done',
+    '\N{EN DASH}',
+  ]
+
+
+@pytest.mark.parametrize(
+  ('mean', 'half', 'text'),
+  [
+    (0.02, 0.019, '+2.0 ± 1.9\nahead'),
+    (0.02, 0.02, '+2.0 ± 2.0'),
+    (-0.02, 0.03, '\N{MINUS SIGN}2.0 ± 3.0'),
+    (0.0, 0.0, '0.0 ± 0.0'),
+  ],
+)
+def test_only_what_excludes_zero_is_ahead_or_behind(mean, half, text):
+  assert difference(mean, half) == text
+
+
+def test_two_studies_stand_side_by_side(tmp_path):
+  grid = make_grid()
+  both = []
+  for name, shift in (('first', 0), ('second', 0.02)):
+    write_runs(tmp_path / name, grid)
+    for path in (tmp_path / name / 'runs').glob('*/result.json'):
+      text = path.read_text()
+      if '0.934' in text or '0.936' in text:
+        result = json.loads(text)
+        result['eval']['top1'] += shift
+        path.write_text(json.dumps(result))
+    both.append(Findings(make_study(grid), grid, 'cifar10', tmp_path / name))
+  path = write_comparison(*both)
+  assert path == tmp_path / 'first' / 'comparison.html'
+  page = Page(path.read_text())
+  rate = '2\N{MINUS SIGN}2 (2\N{MINUS SIGN}2 to 2\N{MINUS SIGN}1)'
+  assert page.tables[0][:2] == [
+    [
+      'cell',
+      'first (%)',
+      'second (%)',
+      'second less first',
+      'rate of first',
+      'rate of second',
+    ],
+    [
+      'depth 16, BatchNorm',
+      '93.5 ± 1.3',
+      '95.5 ± 1.3',
+      '+2.0 ± 0.0 ahead',
+      rate,
+      rate,
+    ],
+  ]
+  assert not {'#runs', '#figures'} & {*page.links}
+  assert 'Tuned on of second' in page.data
+  assert '+2.0 ± 0.0' in path.with_suffix('.md').read_text()
+
+
+def test_all_numbers_can_be_downloaded(reported):
+  workdir, page, _ = reported
+  with (workdir / 'results.csv').open(newline='') as file:
+    lines = list(csv.DictReader(file))
+  assert len(lines) == 46  # Two of them not finished.
+  first = lines[0]
+  assert (first['row'], first['method'], first['seed']) == (
+    '16',
+    'batchnorm',
+    '0',
+  )
+  assert float(first['rate']) == 2 ** float(first['exponent']) == 0.125
+  assert float(first['top1']) == 0.79
+  assert sum(not line['status'] for line in lines) == 2
+  results = json.loads((workdir / 'results.json').read_text())
+  assert len(results['runs']) == 46
+  (cell,) = [
+    c
+    for c in results['cells']
+    if (c['row'], c['method']) == ('16', 'batchnorm')
+  ]
+  assert cell['exponent'] == -2
+  assert cell['test']['seeds'] == [0.934, 0.936]
+  assert cell['held_out']['-3']['seeds'] == [0.79, 0.81]
+  assert [a for tag, a in page.tags if tag == 'a' and 'download' in a] == [
+    {'href': name, 'download': None} for name in ('results.csv', 'results.json')
+  ]
+
+
+def test_tables_are_latex_too(reported):
+  _, page, _ = reported
+  codes = [text for text in page.data if text.startswith('\\begin{tabular}')]
+  assert codes[0].splitlines() == [
+    '\\begin{tabular}{lrrrrrr}',
+    '\\toprule',
+    ' & \\multicolumn{2}{c}{BatchNorm} & \\multicolumn{2}{c}{SkipInit 0} & '
+    '\\multicolumn{2}{c}{Neither} \\\\',
+    'depth & ' + ' & '.join(['accuracy (\\%) & optimal rate'] * 3) + ' \\\\',
+    '\\midrule',
+    '16 & '
+    + '93.5 $\\pm$ 1.3 & $2^{-2}$ ($2^{-2}$ to $2^{-1}$) & ' * 2
+    + '-- & -- \\\\',
+    '100 & 90.0 $\\pm$ 1.3 & $2^{-2}$ ($2^{-2}$ to $2^{-1}$) & '
+    '2 of 3 rates done &  & -- & -- \\\\',
+    '\\bottomrule',
+    '\\end{tabular}',
+  ]
+
+
 def test_chance_is_that_of_the_split(tmp_path):
   grid = make_grid()
   write_runs(tmp_path, grid)
@@ -217,14 +352,14 @@ def test_another_data_set_has_the_published_apart_without_differences(tmp_path):
   write_runs(tmp_path, grid)
   write_report(make_study(grid), grid, 'digits', tmp_path)
   page = Page((tmp_path / 'report.html').read_text())
-  assert page.tables[1] == [
+  assert page.tables[2] == [
     ['depth', 'BatchNorm', 'Neither'],
     ['16', '93.1 ± 0.2', '92.0 ± 0.1'],
     ['100', 'not published', '–'],  # noqa: RUF001
   ]
   text = ''.join(page.data)
   assert 'Published for CIFAR-10 (another data set and setting)' in text
-  assert 'difference' not in text
+  assert 'Ours beside the published' not in text
 
 
 def test_losses_and_stable_rates_with_a_unit_and_panels(tmp_path):
@@ -261,7 +396,7 @@ def test_metrics_that_can_not_be_read_are_a_problem_and_no_error(tmp_path):
   write_report(make_study(grid), grid, 'cifar10', tmp_path)
   page = Page((tmp_path / 'report.html').read_text())
   assert f'{path}: 1 broken lines skipped' in page.data
-  assert page.tables[0][2][3] == '93.5 ± 0.1'
+  assert page.tables[0][2][3] == '93.5 ± 1.3'
 
 
 def test_broken_lines_are_skipped_counted_and_named(tmp_path):

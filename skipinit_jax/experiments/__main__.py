@@ -3,6 +3,7 @@
 python -m skipinit_jax.experiments list
 python -m skipinit_jax.experiments run depth --dataset=digits
 python -m skipinit_jax.experiments report depth --dataset=digits
+python -m skipinit_jax.experiments report runs/depth-digits runs/another
 python -m skipinit_jax.experiments status depth --dataset=digits
 
 Fields of the recipe come last, as in --config.epochs=2; the same command
@@ -23,6 +24,7 @@ from skipinit_jax.experiments import engines
 from skipinit_jax.experiments.estimate import SUSTAINED_RATE, cost
 from skipinit_jax.experiments.grid import TEST, VALIDATION, cells
 from skipinit_jax.experiments.runner import (
+  STUDY,
   Results,
   open_study,
   read_study,
@@ -91,11 +93,14 @@ def parser() -> cli.Parser:
   ):
     action = actions.add_parser(name, help=help_, fields=True)
     action.set_defaults(call=call)
-    action.add_argument('study', help=', '.join(STUDIES))
+    studies = ', '.join(STUDIES)
+    action.add_argument('study', help=f"{studies}, or a started study's folder")
     action.add_argument('--dataset', default='digits')
     action.add_argument(
       '--workdir', type=cli.folder, help='by default runs/STUDY-DATASET'
     )
+    if name == 'report':
+      action.add_argument('other', nargs='?', help='another, to set beside it')
     if name != 'run':
       continue
     action.add_argument('--engine', default='local', choices=ENGINES)
@@ -162,12 +167,23 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
 
 
 def report(args: argparse.Namespace, texts: Texts) -> None:
-  """Writes report.html and report.md in the study's folder."""
-  study, grid, workdir = opened(args, texts)
+  """Writes report.html and report.md in the study's folder, or a comparison."""
   # Here, since drawing takes a second to import.
-  from skipinit_jax.experiments.report import write_report
+  from skipinit_jax.experiments.report import (
+    Findings,
+    write_comparison,
+    write_report,
+  )
 
-  print(write_report(study, grid, args.dataset, workdir))
+  other = args.other if args.action == 'report' else None
+  study, grid, workdir = opened(args, texts)
+  if other is None:
+    print(write_report(study, grid, args.dataset, workdir))
+    return
+  ours = Findings(study, grid, args.dataset, workdir)
+  args.study, args.workdir = other, None
+  study, grid, workdir = opened(args, [])
+  print(write_comparison(ours, Findings(study, grid, args.dataset, workdir)))
 
 
 def status(args: argparse.Namespace, texts: Texts) -> None:
@@ -187,6 +203,10 @@ def status(args: argparse.Namespace, texts: Texts) -> None:
 
 def opened(args: argparse.Namespace, texts: Texts) -> tuple[Study, Grid, Path]:
   """A started study, its grid with the overrides of that start, its folder."""
+  if args.study not in STUDIES and (Path(args.study) / STUDY).exists():
+    args.workdir = Path(args.study)
+    started = read_study(args.workdir)
+    args.study, args.dataset = started['study'], started['dataset']
   study, grid = find_study(args.study, args.dataset)
   workdir = study_folder(args)
   overrides = read_study(workdir)['overrides']

@@ -77,6 +77,17 @@ def plot(
       axes.plot(x[some], y[some], clip_on=False, **style)
 
 
+def plot_seeds(
+  axes: Axes, column: str, values: Sequence[tuple[float, float]]
+) -> None:
+  """A small dot for each seed, behind its mean."""
+  if values:
+    x, y = zip(*values, strict=True)
+    color = plotting.marked_style(column)['color']
+    style = {'marker': '.', 'markersize': 4, 'linestyle': 'none', 'zorder': 1.5}
+    axes.plot(x, y, color=color, alpha=0.55, clip_on=False, **style)
+
+
 def plot_on_edge(axes: Axes, column: str, x: Sequence[float]) -> None:
   """Hollow markers on the upper edge, for values that are not finite."""
   plot(

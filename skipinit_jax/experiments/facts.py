@@ -85,7 +85,11 @@ def _errors(grid: Grid, sizes: set[int]) -> str:
       f'({images}): one seed enters, so it says nothing about seeds.'
     )
   if grid.best == grid.seeds:
-    return '± is the standard error of the mean over the seeds.'
+    return (
+      '± in test accuracies is half of a 95 % interval for the mean over the '
+      "seeds, by Student's t; elsewhere the standard error of that mean, and "
+      'with one seed that of a share of the images evaluated on.'
+    )
   return (
     f'± is the standard error of the mean of the best {grid.best} of '
     f'{grid.seeds} seeds: best on the held out images where a rate is chosen, '

@@ -23,6 +23,7 @@ from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.experiments.words import cell_name, power, row_name
 
 BLOCKS = 48  # Whose scalars are drawn, at most.
+ENLARGED = 0.6  # Accuracy from which what trains is drawn by itself too.
 Summaries = Mapping[Cell, Summary]
 
 
@@ -85,21 +86,31 @@ def _accuracy(
   fails = not all(s.trains for s in done.values())
   trained = [s.result.top1 for s in done.values() if s.result and s.trains]
   # Beside points at chance, differences among the others would not show.
-  enlarge = fails and bool(trained) and min(trained) > 0.6
+  enlarge = fails and bool(trained) and min(trained) > ENLARGED
   figure, panels = drawing.new_figure(grid, 2 if enlarge else 1)
   for column in grid.columns:
     points = [
       _accuracy_point(grid, summary, chance)
       for summary in _of_column(done, column)
     ]
+    seeds = [
+      (point.x, 100 * top1)
+      for point, s in zip(points, _of_column(done, column), strict=True)
+      for top1 in (s.result.seeds if s.result and s.result.runs > 1 else ())
+    ]
     drawing.plot(panels[-1], column, points)
+    drawing.plot_seeds(panels[-1], column, seeds)
     if enlarge:
       drawing.plot(panels[0], column, [point for point in points if point.good])
+      near = [(x, y) for x, y in seeds if y > 100 * ENLARGED]
+      drawing.plot_seeds(panels[0], column, near)
       panels[0].set_ylabel('those that train (%)')
   axes, name = panels[-1], grid.rows.name
   drawing.row_axis(axes, grid)
   axes.set_ylabel('test accuracy (%)')
   caption = f'Test accuracy against {name}, at the rate chosen for each point.'
+  if grid.best == grid.seeds > 1:
+    caption += ' Small dots: seeds. Bars: 95 % intervals for their mean.'
   if fails:
     axes.set_ylim(0, 101)
     drawing.chance_line(axes, chance)
@@ -122,8 +133,8 @@ def _accuracy_point(grid: Grid, summary: Summary, chance: float) -> Point:
   x = drawing.row_position(grid, summary.cell)
   if result.diverged == result.runs:
     return Point(x, 100 * chance, good=False)
-  error = 100 * result.error
-  return Point(x, 100 * result.top1, error, error, bool(summary.trains))
+  bar = 100 * result.bar
+  return Point(x, 100 * result.top1, bar, bar, bool(summary.trains))
 
 
 def _held_out(

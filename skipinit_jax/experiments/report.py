@@ -11,18 +11,24 @@ from markupsafe import Markup, escape
 
 from skipinit_jax import markdown
 from skipinit_jax.experiments import words
+from skipinit_jax.experiments.downloads import (
+  CSV,
+  JSON,
+  latex,
+  write_downloads,
+)
 from skipinit_jax.experiments.facts import make_facts, state_of
 from skipinit_jax.experiments.figures import write_figures
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.selection import Outcome
 from skipinit_jax.experiments.studies import Grid, Study
-from skipinit_jax.experiments.tables import Table, make_tables
+from skipinit_jax.experiments.tables import Table, make_tables, side_by_side
 
 FILES = ('config.json', 'metrics.jsonl', 'result.json')
 
 
 def write_report(study: Study, grid: Grid, dataset: str, workdir: Path) -> Path:
-  """Writes report.html, report.md and the figures of both.
+  """Writes report.html, report.md, the figures of both, and all numbers.
 
   Args:
     study: the study, finished or not.
@@ -33,10 +39,49 @@ def write_report(study: Study, grid: Grid, dataset: str, workdir: Path) -> Path:
   Returns:
     The path of report.html.
   """
-  content = make_content(Findings(study, grid, dataset, workdir))
-  page, text = workdir / 'report.html', workdir / 'report.md'
-  page.write_text(_html().get_template(page.name).render(content), 'utf-8')
-  text.write_text(_markdown().get_template(text.name).render(content), 'utf-8')
+  findings = Findings(study, grid, dataset, workdir)
+  write_downloads(findings)
+  return _write(workdir / 'report.html', make_content(findings))
+
+
+def write_comparison(ours: Findings, theirs: Findings) -> Path:
+  """Writes comparison.html and .md into the first study's folder.
+
+  Returns:
+    The path of comparison.html.
+  """
+  names = [each.workdir.name for each in (ours, theirs)]
+  facts = [
+    (f'{name} of {where}', text)
+    for each, where in zip((ours, theirs), names, strict=True)
+    for name, text in make_facts(each)
+  ]
+  content = {
+    'title': f'{names[0]} beside {names[1]}',
+    'question': f'{ours.study.title}; {theirs.study.title}',
+    'state': ' '.join(
+      f'{name}: {state}'
+      for each, name in zip((ours, theirs), names, strict=True)
+      if (state := state_of(each))
+    ),
+    'tables': [side_by_side(ours, theirs)],
+    'figures': {},
+    'facts': facts,
+    'anchors': {},
+    'runs': {},
+    'problems': [*ours.problems, *theirs.problems],
+    'downloads': (),
+  }
+  return _write(ours.workdir / 'comparison.html', content)
+
+
+def _write(page: Path, content: dict[str, Any]) -> Path:
+  """Renders the templates of a page and of its Markdown."""
+  text = page.with_suffix('.md')
+  page.write_text(_html().get_template('report.html').render(content), 'utf-8')
+  text.write_text(
+    _markdown().get_template('report.md').render(content), 'utf-8'
+  )
   return page
 
 
@@ -44,9 +89,11 @@ def make_content(findings: Findings) -> dict[str, Any]:
   """The values that both templates show."""
   study, grid, workdir = findings.study, findings.grid, findings.workdir
   return {
-    'findings': findings,
     'workdir': workdir,
-    'study': study,
+    'question': study.question,
+    'runs': findings.runs,
+    'problems': findings.problems,
+    'done': findings.done,
     'title': f'{study.title}: {words.dataset_name(findings.dataset)}',
     'state': state_of(findings),
     'tables': list(make_tables(findings)),
@@ -55,7 +102,8 @@ def make_content(findings: Findings) -> dict[str, Any]:
     'anchors': {cell: f'runs-{i}' for i, cell in enumerate(findings.runs, 1)},
     'names': {cell: words.cell_name(grid, cell) for cell in findings.runs},
     'rate_text': functools.partial(words.rate_text, grid),
-    'numbers': _numbers,
+    'numbers': lambda run: _numbers(findings.outcomes.get(run.id)),
+    'downloads': (CSV, JSON),
     'files': lambda run: [
       name for name in FILES if (run.folder(workdir) / name).exists()
     ],
@@ -94,6 +142,7 @@ def _html() -> jinja2.Environment:
   environment.globals['css'] = Markup(css)  # Braces in it are no template.
   environment.filters['sup'] = _with_superscripts
   environment.filters['described'] = _described
+  environment.filters['latex'] = latex
   return environment
 
 

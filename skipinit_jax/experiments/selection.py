@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from scipy import stats
+
 from skipinit_jax.experiments.grid import (
   TEST,
   VALIDATION,
@@ -58,7 +60,9 @@ class Mean:
       images evaluated on.
     loss, train_loss: means over the same seeds; None if any is not finite.
     diverged: number of all seeds that diverged.
-    runs: number of all seeds.
+    seeds: the accuracy of each seed, in order; 0 where it diverged.
+    interval: half of a 95 % interval for the mean over seeds, if all enter and
+      there are several; else None.
   """
 
   top1: float
@@ -66,7 +70,18 @@ class Mean:
   loss: float | None
   train_loss: float | None
   diverged: int
-  runs: int
+  seeds: tuple[float, ...]
+  interval: float | None = None
+
+  @property
+  def runs(self) -> int:
+    """Number of all seeds."""
+    return len(self.seeds)
+
+  @property
+  def bar(self) -> float:
+    """The interval where there is one, else the standard error."""
+    return self.error if self.interval is None else self.interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +165,32 @@ def mean(outcomes: Iterable[Outcome], best: int) -> Mean:
     loss=_mean_or_none([o.loss for o in kept]),
     train_loss=_mean_or_none([o.train_loss for o in kept]),
     diverged=sum(o.status == 'diverged' for o in outcomes),
-    runs=len(outcomes),
+    seeds=tuple(o.top1 for o in outcomes),
+    interval=half_interval([o.top1 for o in kept])
+    if 1 < len(kept) == len(outcomes)
+    else None,
   )
+
+
+def half_interval(values: Sequence[float]) -> float:
+  """Half of the 95 % interval for a mean, by Student's t; inf for one value."""
+  if len(values) < 2:
+    return math.inf
+  error = statistics.stdev(values) / math.sqrt(len(values))
+  return float(stats.t.ppf(0.975, len(values) - 1)) * error
+
+
+def paired(ours: Mean, theirs: Mean) -> tuple[float, float] | None:
+  """The mean difference seed by seed, and half of its 95 % interval.
+
+  None unless both have the same seeds, several, of which all enter.
+  """
+  if ours.interval is None or theirs.interval is None:
+    return None
+  if ours.runs != theirs.runs:
+    return None
+  each = [a - b for a, b in zip(ours.seeds, theirs.seeds, strict=True)]
+  return statistics.fmean(each), half_interval(each)
 
 
 def share_error(share: float, images: int) -> float:

@@ -1,13 +1,13 @@
 """A report's tables, before they are rendered."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.grid import Cell
-from skipinit_jax.experiments.selection import Summary
-from skipinit_jax.experiments.studies import Study
+from skipinit_jax.experiments.selection import Summary, paired
+from skipinit_jax.experiments.studies import Grid, Study
 from skipinit_jax.experiments.words import (
   DASH,
   MINUS,
@@ -20,6 +20,11 @@ from skipinit_jax.experiments.words import (
 from skipinit_jax.published import Accuracy
 from skipinit_jax.variants import VARIANTS
 
+PAIRED = (
+  'Paired by seed, with half of a 95 % interval for the mean difference. '
+  '"Ahead" or "behind" only where the interval excludes zero; with several '
+  'comparisons, one in twenty does so by chance.'
+)
 EDGE = '* The smallest or largest rate tried: a better one may lie outside.'
 
 
@@ -61,12 +66,39 @@ def make_tables(findings: Findings) -> Iterator[Table]:
   comparable = findings.dataset == study.published_for
   for panel in findings.grid.panels.values:
     yield _accuracies(findings, panel)
+    yield from _differences(findings, panel)
     if study.rates_curve:
       yield _losses_and_rates(findings, panel)
     if study.published and comparable:
       yield _comparison(findings, panel)
   if study.published and not comparable:
     yield _published_elsewhere(study)
+
+
+def side_by_side(ours: Findings, theirs: Findings) -> Table:
+  """The cells that two studies have in common, and their differences."""
+  common = [cell for cell in ours.summaries if cell in theirs.summaries]
+  rows = [
+    [
+      Entry(cell_name(ours.grid, cell)),
+      Entry(_ours(ours, cell).text),
+      Entry(_ours(theirs, cell).text),
+      Entry(_less(theirs.summaries[cell], ours.summaries[cell]).text),
+      Entry(_rates(ours, cell).text),
+      Entry(_rates(theirs, cell).text),
+    ]
+    for cell in common
+  ]
+  first, second = ours.workdir.name, theirs.workdir.name
+  heads = ('cell', f'{first} (%)', f'{second} (%)', f'{second} less {first}')
+  heads += (f'rate of {first}', f'rate of {second}')
+  notes = [PAIRED]
+  for each, other in ((ours, theirs), (theirs, ours)):
+    if alone := [c for c in each.summaries if c not in other.summaries]:
+      names = '; '.join(cell_name(each.grid, cell) for cell in alone)
+      notes.append(f'Only in {each.workdir.name}: {names}.')
+  heads_ = [(head, ()) for head in heads]
+  return Table('Test accuracy, side by side', heads_, rows, notes)
 
 
 def _accuracies(findings: Findings, panel: str) -> Table:
@@ -80,6 +112,7 @@ def _accuracies(findings: Findings, panel: str) -> Table:
   ]
   if any(s.at_the_edge and s.trains is not False for s in summaries):
     notes.append(EDGE)
+  notes += _widened(grid, summaries)
   return _by_method(
     findings,
     panel,
@@ -87,6 +120,62 @@ def _accuracies(findings: Findings, panel: str) -> Table:
     {'accuracy (%)': _ours, 'optimal rate': _rates},
     notes,
   )
+
+
+def _widened(grid: Grid, summaries: Iterable[Summary]) -> Iterator[str]:
+  """Which cells were tried at more rates than the grid has, in one note."""
+  wider = [
+    f'{cell_name(grid, s.cell)}: {rate_text(grid, min(s.tried))} to '
+    f'{rate_text(grid, max(s.tried))}'
+    for s in summaries
+    if len(s.tried) > len(grid.rates)
+  ]
+  if wider:
+    yield f'Tried at more rates than the others: {"; ".join(wider)}.'
+
+
+def _differences(findings: Findings, panel: str) -> Iterator[Table]:
+  """Each method's accuracy less that of the first, seed by seed."""
+  grid = findings.grid
+  first, *others = grid.columns
+  if not others or not 1 < grid.best == grid.seeds:
+    return
+  rows = []
+  for row in grid.rows.values:
+    theirs = findings.summaries[Cell(panel, row, first)]
+    cells = [Cell(panel, row, column) for column in others]
+    rows.append(
+      [Entry(row), *(_less(findings.summaries[c], theirs) for c in cells)]
+    )
+  label = VARIANTS[first].label
+  yield Table(
+    _title(panel, f'Test accuracy less that of {label}, in points'),
+    [(grid.rows.name, ()), *((VARIANTS[c].label, ()) for c in others)],
+    rows,
+    [PAIRED],
+  )
+
+
+def _less(ours: Summary, theirs: Summary) -> Entry:
+  """A cell's accuracy less another's."""
+  if ours.result is None or theirs.result is None:
+    return Entry('not done')
+  if not (ours.trains and theirs.trains):
+    return Entry(DASH, ours.cell)
+  found = paired(ours.result, theirs.result)
+  return Entry(DASH if found is None else difference(*found), ours.cell)
+
+
+def difference(mean: float, half: float) -> str:
+  """In points, with a word where the interval excludes zero.
+
+  >>> difference(-0.02, 0.01)
+  '\u22122.0 ± 1.0\nbehind'
+  """
+  text = f'{_signed(100 * mean)} ± {100 * half:.1f}'
+  if abs(mean) <= half:
+    return text
+  return f'{text}\n{"ahead" if mean > 0 else "behind"}'
 
 
 def _losses_and_rates(findings: Findings, panel: str) -> Table:
@@ -122,7 +211,10 @@ def _comparison(findings: Findings, panel: str) -> Table:
     )
   heads = ('cell', 'ours (%)', 'published (%)', 'difference')
   heads += ('our rate', 'published rate')
-  notes = [f'Published: {study.source}. Difference: ours less theirs.']
+  notes = [
+    f'Published: {study.source}. Difference: ours less theirs, with the '
+    'standard error of both.'
+  ]
   if any('*' in entry.text for row in rows for entry in row):
     notes.append(EDGE)
   if grid.overrides:
@@ -177,7 +269,7 @@ def _ours(findings: Findings, cell: Cell) -> Entry:
   summary = findings.summaries[cell]
   result = summary.result
   if result and summary.trains:
-    return Entry(percent(result.top1, result.error), cell)
+    return Entry(percent(result.top1, result.bar), cell)
   if result:
     return Entry(DASH, cell, f'does not train: {summary.why_not}')
   if summary.rate is None:
@@ -231,17 +323,21 @@ def _difference(summary: Summary, theirs: Accuracy | None) -> str:
     return both if summary.trains else 'both do not train'
   if not summary.trains:
     return 'theirs trains, ours does not'
-  difference = 100 * summary.result.top1 - theirs.value
+  points = 100 * summary.result.top1 - theirs.value
   error = math.hypot(100 * summary.result.error, theirs.error or 0)
-  sign = '' if round(difference, 1) == 0 else '+' if difference > 0 else MINUS
-  return f'{sign}{abs(difference):.1f} ± {error:.1f}'
+  return f'{_signed(points)} ± {error:.1f}'
+
+
+def _signed(points: float) -> str:
+  sign = '' if round(points, 1) == 0 else '+' if points > 0 else MINUS
+  return f'{sign}{abs(points):.1f}'
 
 
 def _on_test(summary: Summary) -> str:
   """How a cell that does not train did on the test split."""
   result: Any = summary.result
   if result.diverged < result.runs:
-    return f'test accuracy {percent(result.top1, result.error)}'
+    return f'test accuracy {percent(result.top1, result.bar)}'
   return (
     'diverged there' if summary.trains else 'on the whole training split too'
   )
