@@ -463,6 +463,7 @@ CAN_NOT = {
   'optimizer__clip_norm': 1.0,
   'optimizer__adaptive_clip': 0.01,
   'optimizer__reduced_rate': False,
+  'optimizer__name': 'lars',
 }
 CAN = {
   'seed': 3,
@@ -497,6 +498,18 @@ def test_what_can_not_take_effect_is_refused_by_name(field, workdir):
   assert contents(workdir) == before
   shutil.rmtree(workdir / 'checkpoints')  # With no step made all can change.
   open_workdir(workdir, config, TOTAL)
+
+
+def test_a_field_that_is_newer_than_a_run_was_at_its_default(workdir):
+  path = workdir / 'config.json'
+  fields = json.loads(path.read_text())
+  del fields['optimizer']['name']
+  write_json(path, fields)
+  assert open_workdir(workdir, recipe(), TOTAL) == []
+  with pytest.raises(
+    InputError, match=r"optimizer.name='sgd' there, 'lars' here"
+  ):
+    open_workdir(workdir, recipe(optimizer__name='lars'), TOTAL)
 
 
 @pytest.mark.parametrize('field', CAN)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests' / 'golden'
 RECIPES = (
   'digits',
+  'mnist5k',
   'cifar10',
   'cifar100',
   'synthetic',

@@ -23,14 +23,14 @@ from skipinit_jax.training.optimizer import (
 SIZE, BATCH = 100, 10  # 10 steps an epoch.
 
 
-def recipe(name='constant', epochs=12.0, **fields):
+def recipe(schedule='constant', epochs=12.0, **fields):
   config = default_config()
   config.batch_size, config.epochs = BATCH, epochs
   config.optimizer.learning_rate = 0.4
   config.optimizer.l2 = 0.0
-  config.schedule.name = name
+  config.schedule.name = schedule
   for field, value in fields.items():
-    part = config.schedule if field in config.schedule else config.optimizer
+    part = config.optimizer if field in config.optimizer else config.schedule
     part[field] = value
   return config
 
@@ -297,6 +297,89 @@ def test_the_classifier_is_not_clipped_adaptively():
   ours, _ = tx.update(grads, tx.init(params), params)
   for name, leaf in ours['classifier'].items():
     np.testing.assert_array_equal(leaf, grads['classifier'][name])
+
+
+def test_the_scalars_can_be_exempt_from_adaptive_clipping():
+  config = recipe(adaptive_clip=0.02, clip_alpha=False)
+
+  def clip(grads, params):
+    alphas = {n: g for n, g in grads.items() if n.endswith('alpha')}
+    return clip_adaptively(grads, params) | alphas
+
+  assert_close(run(config), by_hand(config, clip))
+
+
+def test_lars_scales_each_kernel_to_its_own_norm():
+  """You et al. 2017, algorithm 1: g + l2 w, times .001 |w| / |g + l2 w|."""
+  config = recipe(name='lars', l2=0.3, nesterov=True)
+
+  def scale(grads, params):
+    scaled = {}
+    for name, g in grads.items():
+      w = params[name]
+      if name.endswith('kernel'):
+        g = g + 0.3 * w
+        g = 1e-3 * math.sqrt((w**2).sum() / (g**2).sum()) * g
+      scaled[name] = g
+    return scaled
+
+  assert_close(run(config), by_hand(config, scale, decay=()))
+
+
+def test_muon_moves_kernels_by_orthogonal_matrices_and_the_rest_by_adam():
+  config = recipe(name='muon')
+  tx = make_optimizer(config, METHODS['skipinit'])
+  params, grads = tree(0), tree(1)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  got, grads = flat(updates), flat(grads)
+  for name, update in got.items():
+    if not name.endswith('kernel') or name.startswith('classifier'):
+      # Adam's first step: the sign of the gradient.
+      np.testing.assert_allclose(update, -np.sign(grads[name]), atol=1e-4)
+      continue
+    matrix, gradient = (
+      x.reshape(-1, x.shape[-1]) for x in (update, grads[name])
+    )
+    left, _, right = np.linalg.svd(gradient, full_matrices=False)
+    # All singular values lie near .2 sqrt(max(rows, columns)).
+    values = np.diag(left.T @ -matrix @ right.T)
+    values = values / (0.2 * math.sqrt(max(matrix.shape)))
+    assert 0.5 < values.min() <= values.max() < 1.3, name
+    rest = -matrix - left @ np.diag(np.diag(left.T @ -matrix @ right.T)) @ right
+    np.testing.assert_allclose(rest, 0, atol=1e-3)
+
+
+def test_muon_decays_apart_from_the_gradient():
+  with_decay, without = (
+    run(recipe(name='muon', l2=l2), steps=1) for l2 in (0.1, 0.0)
+  )
+  before = flat(tree(0))
+  for name, value in with_decay.items():
+    less = 0.4 * 0.1 * before[name] if name.endswith('kernel') else 0
+    np.testing.assert_allclose(value, without[name] - less, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['lars', 'muon'])
+def test_stacked_kernels_move_as_those_of_the_blocks(name):
+  model = WideResNet(22, 1, 3, method='skipinit', biases=True)
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+  )['params']
+  rng = np.random.default_rng(0)
+  params, grads = (
+    jax.tree.map(
+      lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes
+    )
+    for _ in range(2)
+  )
+  config = recipe(name=name, l2=0.1)
+  tx = make_optimizer(config, METHODS['skipinit'])
+  unrolled, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+  stacked = stack_blocks(params)
+  scanned, _ = jax.jit(tx.update)(
+    stack_blocks(grads), tx.init(stacked), stacked
+  )
+  assert_close(flat(unstack_blocks(scanned)), flat(unrolled), rtol=1e-4)
 
 
 @pytest.mark.parametrize('method', ['skipinit', 'fixup'])

@@ -22,7 +22,11 @@ from skipinit_jax.training.recipes import (
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / 'configs').glob('[!_]*.py'))
-SHAPES = {'imagenet2012': (224, 224, 3), 'digits': (8, 8, 1)}
+SHAPES = {
+  'imagenet2012': (224, 224, 3),
+  'digits': (8, 8, 1),
+  'mnist5k': (28, 28, 1),
+}
 CLASSES = {'imagenet2012': 1000, 'cifar100': 100}
 
 

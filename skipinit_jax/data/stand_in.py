@@ -16,6 +16,7 @@ from skipinit_jax.errors import InputError
 # Image side, channels, classes, images to train and to evaluate on.
 SIZES = {
   'digits': (8, 1, 10, 1437, 360),
+  'mnist5k': (28, 1, 10, 4000, 1000),
   'cifar10': (32, 3, 10, 50_000, 10_000),
   'cifar100': (32, 3, 100, 50_000, 10_000),
   'imagenet2012': (224, 3, 1000, 1_281_167, 50_000),

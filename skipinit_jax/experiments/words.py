@@ -7,6 +7,7 @@ from skipinit_jax.variants import VARIANTS
 DASH, MINUS, TIMES = '\N{EN DASH}', '\N{MINUS SIGN}', '\N{MULTIPLICATION SIGN}'
 SUPERSCRIPTS = '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'
 DATASETS = {
+  'mnist5k': '5,000 images of MNIST',
   'cifar10': 'CIFAR-10',
   'cifar100': 'CIFAR-100',
   'imagenet2012': 'ImageNet',

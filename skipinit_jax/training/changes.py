@@ -74,6 +74,8 @@ def differences(
 ) -> list[dict[str, Any]]:
   """The fields that change the numbers of a run, but for those in FREE.
 
+  A field that is newer than the run was at its default.
+
   Args:
     theirs: the config in the workdir, nested.
     ours: the config to resume with.
@@ -83,6 +85,8 @@ def differences(
     before the change; infinity until a step is made with it.
   """
   theirs, ours = flatten_dict(theirs, sep='.'), flatten_dict(ours, sep='.')
+  defaults = flatten_dict(plain(default_config()), sep='.')
+  theirs = {k: v for k, v in defaults.items() if k in ours} | theirs
   return [
     {
       'step': math.inf,
@@ -128,7 +132,8 @@ def _can_change(field: str, old: Any, new: Any) -> bool:
     return name in OF_DATA
   if field in PARTS:
     return bool(old) == bool(new)
-  return field != 'batch_size'  # Steps are counted in batches.
+  # Steps are counted in batches; each optimizer has a state of its own.
+  return field not in ('batch_size', 'optimizer.name')
 
 
 def describe_changes(changes: Sequence[Mapping[str, Any]]) -> str:

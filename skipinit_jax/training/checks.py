@@ -16,6 +16,7 @@ from skipinit_jax.training.optimizer import peak_rate
 
 CHOICES = {
   'model.name': ('wide_resnet', 'resnet'),
+  'optimizer.name': ('sgd', 'lars', 'muon'),
   'schedule.name': ('constant', 'halving', 'step', 'cosine'),
   'dtype': ('auto', 'float32', 'bfloat16'),
   'on_divergence': ('stop', 'skip', 'back'),

@@ -63,6 +63,7 @@ def default_config() -> ConfigDict:
   config.data.bad_share = 1e-3  # Share of images that may be unreadable.
 
   config.optimizer = ConfigDict()
+  config.optimizer.name = 'sgd'  # Or 'lars', 'muon'; see `make_optimizer`.
   config.optimizer.learning_rate = 0.1
   # Batch size that learning_rate is for; the rate is scaled by batch_size /
   # reference_batch. Unset: not scaled.
@@ -77,6 +78,7 @@ def default_config() -> ConfigDict:
   config.optimizer.clip_norm = placeholder(float)  # Of the whole gradient.
   # lambda of Brock et al. 2021; see `optimizer.adaptive_clip`.
   config.optimizer.adaptive_clip = placeholder(float)
+  config.optimizer.clip_alpha = True  # Whether it clips the scalars too.
 
   config.schedule = ConfigDict()
   config.schedule.name = 'halving'  # Or 'constant', 'step', 'cosine'.

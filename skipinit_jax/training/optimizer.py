@@ -1,4 +1,4 @@
-"""SGD with momentum: its schedules, clipping, and rates by parameter."""
+"""The optimizer: its schedules, clipping, and rates by parameter."""
 
 import math
 from typing import Any
@@ -14,6 +14,8 @@ from skipinit_jax.models.stages import STACKED
 from skipinit_jax.training.timetable import epochs_to_steps
 
 CLASSIFIER = 'classifier'
+TRUST = 1e-3  # Of LARS: the coefficient of You et al. 2017, section 5.
+RMS = 0.2  # Of a step by Muon, as Adam's (Liu et al. 2025).
 
 
 def make_schedule(config: ConfigDict, train_size: int) -> optax.Schedule:
@@ -67,48 +69,125 @@ def make_schedule(config: ConfigDict, train_size: int) -> optax.Schedule:
 def make_optimizer(
   config: ConfigDict, method: Method
 ) -> optax.GradientTransformation:
-  """SGD: clipping, L2, rates by parameter, momentum; in this order.
+  """Clipping, L2, rates by parameter, then the rule of `optimizer.name`.
 
   Updates are for a learning rate of 1; the training step multiplies them by the
   rate, so that only the state counts steps.
 
-  L2 is the gradient of l2/2 ||w||^2 for the leaves that decay: it passes
-  through the momentum, and is not clipped.
+  sgd: with momentum. L2 is the gradient of l2/2 ||w||^2 for the leaves that
+  decay: it passes through the momentum, and is not clipped.
+
+  lars: the same, with the gradient of each kernel scaled to TRUST times the
+  kernel's norm (You, Gitman, Ginsburg 2017, eq. 6).
+
+  muon: kernels but the classifier's move by their orthogonalized momentum
+  (Jordan et al. 2024), scaled to a root mean square of RMS (Liu et al. 2025);
+  all else by Adam. `l2` is decoupled: it adds -l2 * w to the update.
   """
   optimizer = config.optimizer
   transforms = []
   if optimizer.clip_norm is not None:
     transforms.append(optax.clip_by_global_norm(optimizer.clip_norm))
   if optimizer.adaptive_clip is not None:
-    transforms.append(adaptive_clip(optimizer.adaptive_clip))
-  if optimizer.l2:
     transforms.append(
-      optax.add_decayed_weights(
-        optimizer.l2,
-        lambda params: decay_mask(params, decay=tuple(optimizer.decay)),
-      )
+      adaptive_clip(optimizer.adaptive_clip, alpha=optimizer.clip_alpha)
     )
+  decoupled = optimizer.name == 'muon'
+  if optimizer.l2 and not decoupled:
+    transforms.append(_decay(config, optimizer.l2))
   if method.reduced_rate is not None and optimizer.reduced_rate:
     # A fraction of the rate *before* it was scaled with the batch.
     factor = method.reduced_rate * optimizer.learning_rate / peak_rate(config)
     transforms.append(optax.masked(optax.scale(factor), _all_but_kernels))
+  if decoupled:
+    transforms.append(muon(optimizer.momentum, nesterov=optimizer.nesterov))
+    if optimizer.l2:
+      transforms.append(_decay(config, -optimizer.l2))
+    return optax.chain(*transforms)
+  if optimizer.name == 'lars':
+    transforms.append(trust_ratio())
   return optax.chain(
     *transforms,
     optax.sgd(1.0, optimizer.momentum, optimizer.nesterov),
   )
 
 
-def adaptive_clip(threshold: float) -> optax.GradientTransformation:
+def _decay(config: ConfigDict, l2: float) -> optax.GradientTransformation:
+  decay = tuple(config.optimizer.decay)
+  return optax.add_decayed_weights(l2, lambda p: decay_mask(p, decay=decay))
+
+
+def trust_ratio() -> optax.GradientTransformation:
+  """LARS's scaling of kernels, each block of a scanned stage by itself."""
+  one = optax.scale_by_trust_ratio(trust_coefficient=TRUST)
+
+  def by_block(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def scale(update: jax.Array, param: jax.Array) -> jax.Array:
+      return one.update(update, one.init(param), param)[0]  # pyright: ignore
+
+    return jax.tree.map(jax.vmap(scale), updates, params), state
+
+  def label(path, _) -> str:
+    names = [jax.tree_util.keystr((k,), simple=True) for k in path]
+    if names[-1] != 'kernel':
+      return 'other'
+    return STACKED if STACKED in names else 'kernel'
+
+  return optax.partition(
+    {
+      'kernel': one,
+      STACKED: optax.GradientTransformation(one.init, by_block),
+      'other': optax.identity(),
+    },
+    lambda params: jax.tree_util.tree_map_with_path(label, params),
+  )
+
+
+def muon(beta: float, *, nesterov: bool) -> optax.GradientTransformation:
+  """Optax's Muon for these networks, at a rate of 1.
+
+  A kernel is a matrix of its inputs, places and channels, by its outputs; of a
+  scanned stage there is one for each block.
+  """
+
+  def axes(path, param) -> optax.contrib.MuonDimensionNumbers | None:
+    names = [jax.tree_util.keystr((k,), simple=True) for k in path]
+    if names[-1] != 'kernel' or CLASSIFIER in names:
+      return None
+    first = 1 if STACKED in names else 0
+    return optax.contrib.MuonDimensionNumbers(
+      tuple(range(first, param.ndim - 1)), param.ndim - 1
+    )
+
+  return optax.contrib.muon(
+    1.0,
+    beta=beta,
+    nesterov=nesterov,
+    consistent_rms=RMS,
+    muon_weight_dimension_numbers=lambda params: (
+      jax.tree_util.tree_map_with_path(axes, params)
+    ),
+  )
+
+
+def adaptive_clip(
+  threshold: float, *, alpha: bool = True
+) -> optax.GradientTransformation:
   """Adaptive gradient clipping (Brock et al. 2021, eq. 3), eps = 1e-3.
 
   The gradient G_i of each output unit i is scaled down to
   threshold * max(||W_i||, eps) if it is longer. Norms are over all axes of a
   kernel but the last, and over whole vectors. The classifier is exempt.
+
+  Args:
+    threshold: lambda.
+    alpha: whether the scalars of the branches are clipped too. At 0 that limits
+      their gradients to threshold * eps.
   """
 
   def axes(path, param) -> str:
     names = [jax.tree_util.keystr((k,), simple=True) for k in path]
-    if CLASSIFIER in names:
+    if CLASSIFIER in names or (names[-1] == 'alpha' and not alpha):
       return 'exempt'
     first = 1 if STACKED in names else 0  # A scanned stage's leading axis.
     last = param.ndim - 1 if names[-1] == 'kernel' else param.ndim
