@@ -58,6 +58,7 @@ FIELDS = (
   'skip',
   'scan',
   'symmetric_padding',
+  'stem_bias',
 )
 # Batches of random images for the comparison of files with the run, and the
 # largest difference of a logit as a share of the largest: other devices than

@@ -70,6 +70,7 @@ VARIANTS: dict[str, Variant] = {
   'divide_sqrt2': Variant(
     {'model.method': 'divide_sqrt2'}, 'Divided by √2', OLIVE, '<', ':'
   ),
+  'nf': Variant({'model.method': 'nf'}, 'NF', PURPLE, '*', '-'),
   'skipinit_no_l2': Variant(
     _SKIPINIT | {'optimizer.l2': 0.0}, 'SkipInit 0, no L2', PURPLE, 'P', '-.'
   ),

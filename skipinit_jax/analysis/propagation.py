@@ -53,7 +53,11 @@ def expected(
     batch normalization: Var(branch) = 1 whatever the input: the output is
       start + l, the branch's share 1 / (start + l). Projections take a
       normalized input, so that the skip path has variance 1 again and the
-      count l restarts in every stage, with shares 1/2, 1/3, ...
+      count l restarts in every stage, with shares 1/2, 1/3, ...;
+    standardized kernels (Brock, De, Smith 2021), with scale s: Var(branch) =
+      (s alpha beta)^2 Var(output_(l-1)), and Var(skip) = beta^2
+      Var(output_(l-1)) after a projection; see `Method.betas`. Exact for any
+      start; with 1 and alpha = 1 block i of a stage has the output 1 + i s^2.
 
   Args:
     method: without Fixup's post-activation block.
@@ -77,14 +81,19 @@ def expected(
   square = 1.0 if alpha is None else alpha**2
   if method.zero_last:
     square = 0.0
+  square *= method.branch_scale**2
   rows, skip = [], start
-  for stage, size in enumerate(stage_sizes):
-    for block in range(size):
-      if method.normalize and block == 0 and (stage or project_first):
-        skip = 1.0
-      branch = square * (1.0 if method.normalize else skip)
+  for stage, betas in enumerate(method.betas(stage_sizes)):
+    for block in range(stage_sizes[stage]):
+      # Var(skip) over that of the input of the branch and the projection.
+      ratio = 1.0 if betas is None else betas[block] ** -2
+      if block == 0 and (stage or project_first):
+        skip, ratio = (1.0 if method.normalize else skip / ratio), 1.0
+      if method.normalize:
+        ratio = skip
+      branch = square * (1.0 if method.normalize else skip / ratio)
       # Not branch / (skip + branch), which may overflow.
-      share = square / ((skip if method.normalize else 1.0) + square)
+      share = square / (ratio + square)
       output = method.gain**2 * (skip + branch)
       rows.append((skip, branch, output, share))
       skip = output

@@ -1,10 +1,13 @@
 """ReLU and concatenated ReLU."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from skipinit_jax.models.precision import widen
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -44,6 +47,24 @@ def _barred(y: jax.Array, dx: jax.Array) -> jax.Array:
   On TPUs the barrier costs memory and traffic instead.
   """
   return _where(jax.lax.optimization_barrier(y), dx)
+
+
+# 1 over the standard deviation of max(x, 0) for standard normal x.
+GAMMA = math.sqrt(2 / (1 - 1 / math.pi))
+
+
+def scaled_relu(x: jax.Array) -> jax.Array:
+  """GAMMA max(x, 0): variance 1 for standard normal inputs.
+
+  Brock, De, Smith 2021. The factor comes first, so that `relu`'s output is all
+  that the backward pass keeps.
+  """
+  return relu(times(x, GAMMA))
+
+
+def times(x: jax.Array, factor: jax.Array | float) -> jax.Array:
+  """x * factor with the dtype of x; the factor isn't rounded to it."""
+  return (widen(x) * factor).astype(x.dtype)
 
 
 def crelu(x: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from skipinit_jax.errors import InputError
-from skipinit_jax.models.activations import relu
+from skipinit_jax.models.activations import relu, times
 from skipinit_jax.models.layers import Layers
 
 
@@ -19,6 +19,9 @@ class ResidualBlock(nn.Module):
   batch normalization, normalized) input with a 1x1 convolution; the scalar is
   on the branch there too. Without a skip path there is no projection and no
   `Join`.
+
+  With `beta` the branch and the projection get beta times the input (Brock, De,
+  Smith 2021); the skip path, where it is the identity, does not.
 
   Attributes:
     features: output channels of each convolution of the branch.
@@ -33,7 +36,13 @@ class ResidualBlock(nn.Module):
   layers: Layers
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    train: bool,
+    beta: jax.Array | float | None = None,
+  ) -> jax.Array:
     """Maps (batch, height, width, channels) to the same, strided."""
     layers, depth = self.layers, len(self.features)
     strides = _branch_strides(self.kernel_sizes, self.strides)
@@ -41,6 +50,8 @@ class ResidualBlock(nn.Module):
       x, self.features[-1], self.strides
     )
     skip = x
+    if beta is not None:
+      x = times(x, beta)
     for i, (features, size) in enumerate(
       zip(self.features, self.kernel_sizes, strict=True), start=1
     ):

@@ -110,6 +110,13 @@ def check_choices(
       f'activation={activation!r} doubles the channels, which blocks that '
       "activate their sum can't: expected 'relu', or a method other than fixup"
     )
+  if method.standardize and (activation != 'relu' or not skip):
+    bad = 'skip=False' if not skip else f'activation={activation!r}'
+    raise InputError(
+      f'{bad} with standardize=True, as in method nf, whose blocks expect the '
+      "variance of ReLU and of a skip path: expected activation='relu' and "
+      'skip=True, or another method'
+    )
   dead = method.zero_last or method.alpha_value(num_blocks) == 0
   if not skip and (method.fixup_block or method.gain != 1 or dead):
     raise InputError(

@@ -41,7 +41,8 @@ class DenseResNet(nn.Module):
     width: features of the stem and of every layer.
     num_classes: of the classifier; None returns the features before it.
     method: a name in `METHODS`, or a `Method`; its `normalize`, `alpha`, `gain`
-      and `zero_last` apply, Fixup's blocks and rescaling are refused.
+      and `zero_last` apply, Fixup's blocks, rescaling and standardized kernels
+      are refused.
     alpha: initial value of the scalar, a number or '1/sqrt(d)' for d blocks;
       None: the method's own.
     activation: 'relu' with kernels of variance 2 / fan-in, or 'linear' with
@@ -144,8 +145,13 @@ class DenseResNet(nn.Module):
       raise InputError(f'branch_layers={self.branch_layers}: expected 1 or 2')
     method = resolve_method(self.method, self.alpha)
     method.check(self.blocks)
+    if method.standardize:
+      raise InputError(
+        f'method={self.method!r}: the layers of a DenseResNet are not '
+        'standardized; expected a ResNet or WideResNet, or another method'
+      )
     if method.fixup_block or method.rescale or method.scalar_biases:
-      good = [name for name in METHODS if name != 'fixup']
+      good = [name for name in METHODS if name not in ('fixup', 'nf')]
       raise InputError(
         f'method={self.method!r}: a DenseResNet has no part of Fixup except '
         f'zero_last; expected one of {", ".join(good)}'

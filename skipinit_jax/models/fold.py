@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from skipinit_jax.errors import InputError, kind
+from skipinit_jax.models.activations import GAMMA
 from skipinit_jax.models.dense import DenseResNet
-from skipinit_jax.models.methods import resolve_method
+from skipinit_jax.models.methods import Method, resolve_method
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import stack_blocks, unstack_blocks
+from skipinit_jax.models.standardization import standardize
 
 Network = TypeVar('Network', ResNet, DenseResNet)
 
@@ -32,6 +35,9 @@ def fold(
   outputs, and those of every stage that a projection follows, are the same to
   rounding.
 
+  With `nf`, kernels are replaced by standardized ones, and all other factors go
+  into kernels and biases: a network with biases, one on the stem too, remains.
+
   Fixup's scalar biases stay, as those before a convolution come before its zero
   padding too. Batch normalization stays: a `batchnorm` network, which has no
   scalars, is returned unchanged.
@@ -41,8 +47,9 @@ def fold(
     params: its parameters, nested dicts of NumPy or JAX arrays.
 
   Returns:
-    The model, its method without alpha and with a gain of 1, and its
-    parameters, of the same dtypes; products are taken in float32 or wider.
+    The model, its method without alpha, with a gain of 1 and not standardized,
+    and its parameters, of the same dtypes; products are taken in float32 or
+    wider.
 
   Raises:
     InputError: a gain that is not positive, that comes with batch
@@ -60,6 +67,8 @@ def fold(
       "fold(model, variables['params'])"
     )
   method = resolve_method(model.method, model.alpha)
+  if method.standardize:
+    return _fold_standardized(model, method, params)
   folded = fold_params(params)
   # Without skip paths there are no sums to multiply by the gain.
   if method.gain != 1 and model.skip:
@@ -90,7 +99,8 @@ def fold_params(params: Mapping[str, Any]) -> dict[str, Any]:
     float32 or wider.
 
   Raises:
-    InputError: an alpha without a kernel next to it, as that of `SkipInit`.
+    InputError: an alpha without a kernel next to it, as that of `SkipInit`, or
+      a kernel that is standardized.
 
   >>> import numpy as np
   >>> layer = {'alpha': np.float32(0.5), 'kernel': np.ones((1, 2))}
@@ -103,6 +113,11 @@ def fold_params(params: Mapping[str, Any]) -> dict[str, Any]:
       raise InputError(
         f"'{'/'.join(layer)}' has an alpha and no kernel to fold it into: "
         'expected a branch that ends in SkipInitConv or SkipInitDense'
+      )
+    if (*layer, 'gain') in leaves:
+      raise InputError(
+        f"'{'/'.join(layer)}' has a gain, as of a standardized kernel, which "
+        'needs more than its alpha: expected fold(model, params)'
       )
     alpha = leaves.pop((*layer, name))
     for path in ((*layer, 'kernel'), (*layer, 'bias')):
@@ -120,19 +135,73 @@ def _dicts(tree: Any) -> Any:
   return {name: _dicts(value) for name, value in tree.items()}
 
 
-def _fold_gain(params: dict[str, Any], gain: float) -> dict[str, Any]:
+def _fold_standardized(
+  model: Any, method: Method, params: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+  """`fold` for methods with `standardize`."""
+  folded = unstack_blocks(fold_params(_standardized(_dicts(params))))
+  for stage, betas in enumerate(method.betas(model.stage_sizes), start=1):
+    blocks = folded[f'stage{stage}']
+    for block, beta in enumerate(betas or [], start=1):
+      layers = blocks[f'block{block}']
+      blocks[f'block{block}'] = _fold_block(layers, beta, method.branch_scale)
+  # The last activation's factor goes back to where the stream begins.
+  folded = _fold_gain(folded, 1.0, GAMMA)
+  plain = dataclasses.replace(
+    method,
+    alpha=None,
+    standardize=False,
+    branch_scale=1.0,
+    classifier_std=None,
+  )
+  model = model.clone(method=plain, alpha=None, biases=True, stem_bias=True)
+  return model, stack_blocks(folded) if model.scan else folded
+
+
+def _standardized(params: dict[str, Any]) -> dict[str, Any]:
+  """Replaces every `gain` and the kernel next to it by a kernel."""
+  leaves: dict[Any, Any] = flatten_dict(params, keep_empty_nodes=True)
+  for *layer, name in [path for path in leaves if path[-1] == 'gain']:
+    gain, kernel = leaves.pop((*layer, name)), leaves[*layer, 'kernel']
+    new: Any = standardize(jnp.asarray(kernel), jnp.asarray(gain))
+    if isinstance(kernel, np.ndarray):
+      new = np.asarray(new, kernel.dtype)
+    leaves[*layer, 'kernel'] = new
+  return unflatten_dict(leaves)
+
+
+def _fold_block(
+  layers: Mapping[str, Any], beta: float, branch_scale: float
+) -> dict[str, Any]:
+  """Folds the factors of one block: each layer's input's, and the branch's."""
+  last = _last_layer(layers)
+  folded: dict[str, Any] = {}
+  for name, layer in layers.items():
+    before = GAMMA * beta if name in ('conv1', 'projection') else GAMMA
+    after = branch_scale if name == f'conv{last}' else 1.0
+    folded[name] = _scale(layer, before * after, after)
+  return folded
+
+
+def _last_layer(layers: Mapping[str, Any]) -> int:
+  return max(int(m[1]) for n in layers if (m := re.search(r'(\d+)$', n)))
+
+
+def _fold_gain(
+  params: dict[str, Any], gain: float, end: float = 1.0
+) -> dict[str, Any]:
   """Folds the gain in x = gain * (skip + branch) at the end of every block.
 
   The plain network's stream is x / s, where s is 1 at the last block before
-  each projection. A block without projection can't scale its skip path, so it
-  has s_out = gain * s_in. Biases inside the branch are divided by s_in, as
-  layers and ReLU pass positive factors through. The convolutions that end a
-  block are multiplied by gain * s_in / s_out, which is 1 in blocks without
-  projection, and their biases by gain / s_out.
+  each projection, and 1 / `end` at the last of all. A block without projection
+  can't scale its skip path, so it has s_out = gain * s_in. Biases inside the
+  branch are divided by s_in, as layers and ReLU pass positive factors through.
+  The convolutions that end a block are multiplied by gain * s_in / s_out, which
+  is 1 in blocks without projection, and their biases by gain / s_out.
 
   Args:
     params: without alphas, unrolled.
-    gain: positive.
+    gain, end: positive.
   """
   blocks = [
     (stage, block)
@@ -140,7 +209,7 @@ def _fold_gain(params: dict[str, Any], gain: float) -> dict[str, Any]:
     for block in _numbered(params[stage], 'block')
   ]
   params = dict(params)
-  s = 1.0  # s_out of the last block; the loop goes backwards.
+  s = 1 / end  # s_out of the last block; the loop goes backwards.
   for stage, block in reversed(blocks):
     layers, s_out = params[stage][block], s
     s = 1.0 if 'projection' in layers else s_out / gain
@@ -150,7 +219,7 @@ def _fold_gain(params: dict[str, Any], gain: float) -> dict[str, Any]:
         f'next projection is {1 / s:.3g}, which leaves no room for activations '
         f'in float32; expected {1 / LIMIT:.0e} to {LIMIT:.0e}'
       )
-    last = max(int(m[1]) for n in layers if (m := re.search(r'(\d+)$', n)))
+    last = _last_layer(layers)
     ends = ('projection', f'conv{last}', f'dense{last}', f'bias{last}b')
     folded = {
       name: _scale(layer, gain * s / s_out, gain / s_out)

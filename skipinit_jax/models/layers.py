@@ -8,14 +8,19 @@ import flax.linen as nn
 import jax
 from flax.typing import Dtype
 
-from skipinit_jax.models.activations import ACTIVATIONS, Activation
+from skipinit_jax.models.activations import ACTIVATIONS, Activation, scaled_relu
 from skipinit_jax.models.checks import check_choices, check_floating_dtype
 from skipinit_jax.models.convolution import convolve
 from skipinit_jax.models.looks_linear import kernel_initializer, orthogonal
 from skipinit_jax.models.methods import Method, fixup_kernel_init, he_normal
 from skipinit_jax.models.normalization import BatchNorm
 from skipinit_jax.models.precision import Conv, ScalarBias
-from skipinit_jax.models.skipinit import Join, SkipInitConv
+from skipinit_jax.models.skipinit import (
+  Join,
+  SkipInitConv,
+  StandardizedSkipInitConv,
+)
+from skipinit_jax.models.standardization import StandardizedConv
 
 Layer = TypeVar('Layer', bound=nn.Module)
 Norm = Callable[..., jax.Array]
@@ -61,6 +66,7 @@ def make_layers(
   kernel_init: str = 'he',
   skip: bool = True,
   symmetric_padding: bool = False,
+  stem_bias: bool = False,
 ) -> Layers:
   """Makes the layers of the blocks of a network.
 
@@ -76,16 +82,23 @@ def make_layers(
   check_choices(method, num_blocks, activation, kernel_init, skip)
   check_floating_dtype('dtype', dtype)
   check_floating_dtype('param_dtype', param_dtype)
-  outer = kernel_initializer(kernel_init, he_normal(method.kernel_fan))
+  normal = he_normal(method.kernel_fan)
+  if method.standardize:
+    # As its authors: the size of a kernel decides only how far a step turns it.
+    normal = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+  outer = kernel_initializer(kernel_init, normal)
   # The stem's input is not mirrored.
   first = orthogonal() if kernel_init == 'looks_linear' else outer
   inner = outer
   if method.rescale:
     inner = fixup_kernel_init(num_blocks, branch_layers, method.kernel_fan)
 
+  plain, scaled = Conv, SkipInitConv
+  if method.standardize:
+    plain, scaled = StandardizedConv, StandardizedSkipInitConv
   conv = functools.partial(
-    Conv,
-    use_bias=biases,
+    plain,
+    use_bias=biases or method.standardize,
     kernel_init=outer,
     conv_general_dilated=functools.partial(
       convolve, symmetric=symmetric_padding
@@ -96,7 +109,7 @@ def make_layers(
   return Layers(
     conv=conv,
     branch_conv=functools.partial(conv, kernel_init=inner),
-    last_conv=last_layer(method, num_blocks, conv, SkipInitConv),
+    last_conv=last_layer(method, num_blocks, conv, scaled),
     norm=make_norm(
       method,
       group=statistics_group,
@@ -106,8 +119,10 @@ def make_layers(
     ),
     join=functools.partial(Join, gain=method.gain, name='join'),
     scalar_bias=make_scalar_bias(method, param_dtype),
-    stem_conv=functools.partial(conv, kernel_init=first, use_bias=False),
-    activation=ACTIVATIONS[activation],
+    stem_conv=functools.partial(
+      conv, kernel_init=first, use_bias=stem_bias or method.standardize
+    ),
+    activation=scaled_relu if method.standardize else ACTIVATIONS[activation],
     skip=skip,
   )
 
@@ -126,6 +141,8 @@ def last_layer(
   alpha = method.alpha_value(num_blocks)
   if alpha is not None:
     layer = functools.partial(scaled, init_value=alpha, **layer.keywords)
+  if method.branch_scale != 1.0:
+    layer = functools.partial(layer, scale=method.branch_scale)
   if method.zero_last:
     layer = functools.partial(layer, kernel_init=nn.initializers.zeros)
   return layer

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -12,6 +13,16 @@ from skipinit_jax.errors import InputError, shown, unknown
 
 Initializer = Callable[..., jax.Array]
 Fan = Literal['fan_in', 'fan_out']
+
+# Fields that change variances which standardized kernels and betas expect.
+_NOT_STANDARDIZED = (
+  'normalize',
+  'gain',
+  'fixup_block',
+  'scalar_biases',
+  'rescale',
+  'zero_last',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +45,14 @@ class Method:
       `classifier_init`.
     reduced_rate: learning rate of all parameters except kernels, as a share of
       the recipe's rate before that is scaled with the batch; None: the same.
+    standardize: normalizer-free blocks (Brock, De, Smith 2021): standardized
+      kernels with gains, see `StandardizedConv`; a bias on every convolution;
+      ReLU times sqrt(2 / (1 - 1/pi)), which keeps the variance; and a branch
+      whose input is divided by its expected standard deviation, see `betas`.
+    branch_scale: factor on every branch beside alpha, the authors' alpha; only
+      with `standardize`.
+    classifier_std: standard deviation of the classifier's kernel at
+      initialization, unless the network has a `classifier_init`; None: He's.
   """
 
   normalize: bool = False
@@ -46,6 +65,9 @@ class Method:
   zero_last: bool = False
   zero_classifier: bool = False
   reduced_rate: float | None = None
+  standardize: bool = False
+  branch_scale: float = 1.0
+  classifier_std: float | None = None
 
   def alpha_value(self, num_blocks: int) -> float | None:
     """Returns the scalar's initial value for `num_blocks` blocks, or None.
@@ -67,8 +89,30 @@ class Method:
       )
     return value
 
+  def betas(self, stage_sizes: Sequence[int]) -> list[list[float] | None]:
+    """Factors on the inputs of all branches and projections, stage by stage.
+
+    1 over the standard deviation that an input has at alpha = 1, if the stem's
+    output has 1: block i of a stage adds branch_scale^2 to the variance, which
+    its first block sets back to 1, as in the authors' code. None without
+    `standardize`.
+
+    >>> Method(standardize=True, branch_scale=3**0.5).betas((2, 1))
+    [[1.0, 0.5], [0.37796447300922725]]
+    """
+    betas: list[list[float] | None] = []
+    std = 1.0
+    for size in stage_sizes:
+      stage: list[float] = []
+      for block in range(size):
+        stage.append(1 / std)
+        std = math.hypot(std if block else 1.0, self.branch_scale)
+      betas.append(stage if self.standardize else None)
+    return betas
+
   def check(self, num_blocks: int) -> None:
     """Raises InputError for fields that contradict each other."""
+    self._check_standardize()
     if self.scalar_biases and not self.fixup_block:
       raise InputError(
         'scalar_biases=True is for fixup_block=True, whose block adds them; '
@@ -80,6 +124,29 @@ class Method:
         "other's gradient at zero; expected another alpha, such as 1, or "
         'zero_last=False'
       )
+
+  def _check_standardize(self) -> None:
+    scale = self.branch_scale
+    if not self.standardize:
+      if scale != 1:
+        raise InputError(
+          f'branch_scale={shown(scale)} is for standardize=True, whose blocks '
+          'expect the variance that it adds; expected 1'
+        )
+      return
+    good = isinstance(scale, numbers.Real) and math.isfinite(scale)
+    if not good or not scale > 0:
+      raise InputError(
+        f'branch_scale={shown(scale)}: expected a positive, finite number'
+      )
+    for name in _NOT_STANDARDIZED:
+      value, default = getattr(self, name), getattr(Method(), name)
+      if value != default:
+        raise InputError(
+          f'{name}={shown(value)} with standardize=True, as in method nf, '
+          'whose blocks expect the variance of their own layers: expected '
+          f'{name}={default}, or another method'
+        )
 
 
 METHODS: dict[str, Method] = {
@@ -103,6 +170,10 @@ METHODS: dict[str, Method] = {
   ),
   # De & Smith 2020, table 2: the whole block divided by sqrt(2).
   'divide_sqrt2': Method(gain=2**-0.5),
+  # Brock, De, Smith 2021, as in their code: deepmind-research, nfnets.
+  'nf': Method(
+    alpha=0.0, standardize=True, branch_scale=0.2, classifier_std=0.01
+  ),
   'none': Method(),
 }
 

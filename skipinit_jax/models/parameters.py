@@ -19,6 +19,7 @@ LEAVES = {
   'scale': "batch normalization's scales",
   'alpha': "the residual branches' scalars, Fixup's multipliers included",
   'scalar_bias': "Fixup's scalar biases",
+  'gain': 'gains of standardized kernels',
 }
 
 

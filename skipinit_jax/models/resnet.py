@@ -45,10 +45,12 @@ class ResNet(nn.Module):
     method: a name in `METHODS`, or a `Method`.
     alpha: initial value of the scalar, a number or '1/sqrt(d)' for d residual
       blocks; None: the method's own.
-    biases: bias vectors on every convolution except the stem.
+    biases: bias vectors on every convolution except the stem. With `nf` there
+      are always biases, the stem's included.
     dropout: rate of Dropout on the pooled features, before Fixup's last bias.
     classifier_init: of the classifier's kernel; None: zeros if the method has
-      `zero_classifier`, otherwise as in `kernel_init`.
+      `zero_classifier`, normal if it has a `classifier_std`, otherwise as in
+      `kernel_init`.
     features: channels of the first stage's 3x3 convolutions.
     stem_features: channels of the stem.
     small_images: a 3x3 stem, and Fixup's CIFAR shortcuts, instead of a 7x7 stem
@@ -60,6 +62,7 @@ class ResNet(nn.Module):
     skip: False: a feed-forward network of the same layers, without skip paths.
     symmetric_padding: pad strided layers equally on both sides, as PyTorch
       does; 'SAME' pads even sizes by one less at the top and left.
+    stem_bias: a bias vector on the stem too, as `fold` makes of `nf`.
     scan: run the equal blocks of a stage as one scanned block; see `stages`.
     remat: recompute blocks in the backward pass; see `stages`.
     statistics_group: images that share batch statistics; None: the whole batch
@@ -85,6 +88,7 @@ class ResNet(nn.Module):
   kernel_init: str = 'he'
   skip: bool = True
   symmetric_padding: bool = False
+  stem_bias: bool = False
   scan: bool = False
   remat: bool = False
   statistics_group: int | None = None
@@ -122,9 +126,9 @@ class ResNet(nn.Module):
       InputError: images of another rank or dtype or without pixels, an unknown
         method or dtype, impossible sizes, parameters of a scanned network in an
         unrolled one or the reverse, or choices that exclude each other: 'crelu'
-        or no skip paths with Fixup's blocks; 'looks_linear' without 'crelu'; no
-        skip paths where the branches start at zero; an alpha of 0 where the
-        last kernels start at zero too.
+        or no skip paths with Fixup's blocks or `nf`; 'looks_linear' without
+        'crelu'; no skip paths where the branches start at zero; an alpha of 0
+        where the last kernels start at zero too.
     """
     self._check(images)
     method = resolve_method(self.method, self.alpha)
@@ -142,6 +146,7 @@ class ResNet(nn.Module):
       kernel_init=self.kernel_init,
       skip=self.skip,
       symmetric_padding=self.symmetric_padding,
+      stem_bias=self.stem_bias,
     )
     block: Callable[..., nn.Module] = ResidualBlock
     if method.fixup_block:
@@ -156,6 +161,7 @@ class ResNet(nn.Module):
     if not self.small_images:
       x = max_pool(x, symmetric=self.symmetric_padding)
 
+    betas = method.betas(self.stage_sizes)
     for i, stage_size in enumerate(self.stage_sizes):
       width = self.features * 2**i
       out = (width, width, 4 * width) if self.bottleneck else (width, width)
@@ -167,6 +173,7 @@ class ResNet(nn.Module):
         strides=1 if i == 0 else 2,
         scan=self.scan,
         remat=self.remat,
+        betas=betas[i],
         name=f'stage{i + 1}',
       )(x, train=train)
 
@@ -184,6 +191,8 @@ class ResNet(nn.Module):
     init = self.classifier_init
     if init is None:
       init = kernel_initializer(self.kernel_init, he_normal())
+      if method.classifier_std is not None:
+        init = nn.initializers.normal(method.classifier_std)
       if method.zero_classifier:
         init = nn.initializers.zeros
     return nn.Dense(

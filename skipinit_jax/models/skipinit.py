@@ -10,6 +10,7 @@ from flax.typing import Dtype
 from skipinit_jax.errors import InputError
 from skipinit_jax.models.checks import check_branch, check_scalar
 from skipinit_jax.models.precision import Conv, Dense, widen
+from skipinit_jax.models.standardization import StandardizedConv
 
 
 class SkipInit(nn.Module):
@@ -85,6 +86,10 @@ class SkipInitConv(_Folded, Conv):
   >>> sorted(variables['params'])
   ['alpha', 'bias', 'kernel']
   """
+
+
+class StandardizedSkipInitConv(_Folded, StandardizedConv):
+  """`StandardizedConv` times a scalar, folded as in `SkipInitConv`."""
 
 
 class SkipInitDense(_Folded, Dense):

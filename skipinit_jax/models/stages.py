@@ -10,7 +10,7 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +20,8 @@ import numpy as np
 
 from skipinit_jax.errors import InputError
 
-Run = Callable[[nn.Module, jax.Array], jax.Array]
+# run(block, x, beta), or several blocks and their betas.
+Run = Callable[[nn.Module, jax.Array, Any], jax.Array]
 
 STACKED = 'blocks'
 # Collection -> the axis along which a scan stacks the leaves of its blocks.
@@ -38,6 +39,7 @@ class Stage(nn.Module):
       program size don't grow with the depth.
     remat: keep only the inputs of blocks (scanned: of groups of blocks, see
       `group_size`) for the backward pass, and recompute the rest.
+    betas: passed to the blocks, one to each, as `beta`; None: nothing is.
   """
 
   block: Callable[..., Any]
@@ -45,6 +47,7 @@ class Stage(nn.Module):
   strides: int
   scan: bool = False
   remat: bool = False
+  betas: Sequence[float] | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -55,8 +58,9 @@ class Stage(nn.Module):
         reverse.
     """
 
-    def run(block: Any, x: jax.Array) -> jax.Array:
-      return block(x, train=train)
+    def run(block: Any, x: jax.Array, beta: Any) -> jax.Array:
+      options = {} if beta is None else {'beta': beta}
+      return block(x, train=train, **options)
 
     def split(leaf: jax.Array) -> jax.Array:
       return leaf.reshape(-1, size, *leaf.shape[1:])
@@ -68,15 +72,17 @@ class Stage(nn.Module):
     self._check_form(scanned)
     recomputed = functools.partial(nn.remat, prevent_cse=not scanned)
     each: Run = recomputed(run) if self.remat else run
-    x = each(self.block(strides=self.strides, name='block1'), x)
+    first, *betas = self.betas or [None] * self.size
+    x = each(self.block(strides=self.strides, name='block1'), x, first)
     if not scanned:
-      for i in range(2, self.size + 1):
-        x = each(self.block(strides=1, name=f'block{i}'), x)
+      for i, beta in enumerate(betas, start=2):
+        x = each(self.block(strides=1, name=f'block{i}'), x, beta)
       return x
 
     blocks, length = self.block(strides=1, name=STACKED), self.size - 1
+    stacked = None if self.betas is None else jnp.asarray(betas)
     if not self.remat or self.is_initializing():
-      return _scan(run, length)(blocks, x)
+      return _scan(run, length)(blocks, x, stacked)
     size = group_size(length)
     groups = nn.map_variables(
       _scan(recomputed(_scan(run, size)), length // size),
@@ -85,7 +91,7 @@ class Stage(nn.Module):
       functools.partial(jax.tree.map, merge),
       mutable=True,
     )
-    return groups(blocks, x)
+    return groups(blocks, x, jax.tree.map(split, stacked))
 
   def _check_form(self, scanned: bool) -> None:
     other = 'block2' if scanned else STACKED
@@ -99,15 +105,18 @@ class Stage(nn.Module):
 
 
 def _scan(run: Run, length: int) -> Run:
-  """Scans run(block, x) over `length` blocks, each of which gets the last x."""
+  """Scans `run` over `length` blocks, each of which gets the last x.
 
-  def step(block: nn.Module, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-    return run(block, x), None
+  Betas (length, ...) are scanned along; None passes None to every block.
+  """
+
+  def step(block: nn.Module, x: jax.Array, beta: Any) -> tuple[jax.Array, None]:
+    return run(block, x, beta), None
 
   scan = nn.scan(
     step, variable_axes=AXES, split_rngs={'params': True}, length=length
   )
-  return lambda block, x: scan(block, x, None)[0]
+  return lambda block, x, betas: scan(block, x, betas)[0]
 
 
 def group_size(length: int) -> int:
