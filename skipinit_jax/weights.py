@@ -153,6 +153,7 @@ def _check_network(model: ResNet) -> None:
     )
   for field, value in (
     ('biases', False),
+    ('stem_bias', False),
     ('small_images', False),
     ('activation', 'relu'),
     ('skip', True),

@@ -20,7 +20,7 @@ from skipinit_jax.models import (
 )
 
 SHAPE = (6, 3, 2)
-NAMES = [name for name in METHODS if name != 'fixup']
+NAMES = [name for name in METHODS if name not in ('fixup', 'nf')]
 
 
 def by_hand(model, variables, x):
@@ -157,6 +157,7 @@ def test_float64_throughout():
   ('fields', 'message'),
   [
     ({'method': 'fixup'}, "method='fixup': .* no part of Fixup"),
+    ({'method': 'nf'}, "method='nf': .* not standardized; expected a ResNet"),
     ({'method': 'skipint'}, "did you mean 'skipinit'"),
     ({'activation': 'rleu'}, "unknown activation 'rleu'; did you mean 'relu'"),
     ({'branch_layers': 3}, 'branch_layers=3: expected 1 or 2'),

@@ -156,6 +156,11 @@ def test_the_parameters_of_default_networks_are_what_they_were(method):
       expected |= {f'{block}/{name}/scalar_bias' for name in biases}
     elif i > 1:
       expected.add(f'{block}/projection/kernel')
+  if METHODS[method].standardize:
+    for name in [n for n in expected if n.endswith('/kernel')]:
+      if not name.startswith('classifier'):
+        layer = name.removesuffix('kernel')
+        expected |= {f'{layer}gain', f'{layer}bias'}
   assert found == expected
 
 

@@ -47,12 +47,13 @@ def assert_std(values, expected):
   assert abs(values.mean()) < 4 * expected / math.sqrt(values.size)
 
 
-def test_the_five_methods():
+def test_the_six_methods():
   assert list(METHODS) == [
     'batchnorm',
     'skipinit',
     'fixup',
     'divide_sqrt2',
+    'nf',
     'none',
   ]
   assert [n for n, m in METHODS.items() if m.normalize] == ['batchnorm']
@@ -187,7 +188,8 @@ def test_the_classifier_starts_as_told(method):
     assert not np.asarray(default['kernel']).any()
     assert_std(np.asarray(classifier(he_normal())['kernel']), (2 / 64) ** 0.5)
   else:
-    assert_std(np.asarray(default['kernel']), (2 / 64) ** 0.5)
+    std = 0.01 if method == 'nf' else (2 / 64) ** 0.5
+    assert_std(np.asarray(default['kernel']), std)
     zero = classifier(nn.initializers.zeros)
     assert not np.asarray(zero['kernel']).any()
 

@@ -154,13 +154,13 @@ def test_biases_and_dropout_go_with_every_method(method):
   variables = randomize(model, shape)
   added = set(flatten(variables['params']))
   added -= set(flatten(shapes_of(plain, shape)['params']))
-  assert added == {
+  biases = {
     f'stage{s}/block1/{conv}/bias'
-    for s, convs in ((1, ('conv1', 'conv2', 'projection')), (2, ()))
-    for conv in convs
-  } | {
-    f'stage2/block1/{conv}/bias' for conv in ('conv1', 'conv2', 'projection')
+    for s in (1, 2)
+    for conv in ('conv1', 'conv2', 'projection')
   }
+  # Standardized kernels always have them.
+  assert added == (set() if METHODS[method].standardize else biases)
   x = normal(shape)
 
   def train(seed, model=model):
@@ -178,7 +178,7 @@ def test_biases_and_dropout_go_with_every_method(method):
     logits, model.clone(dropout=0.0).apply(variables, x, train=False)
   )
   # Every bias counts, but where batch normalization takes it out again.
-  for path in added:
+  for path in biases:
     moved = jax.tree_util.tree_map_with_path(
       lambda p, v, path=path: (
         v + (jax.tree_util.keystr(p, simple=True, separator='/') == path)
@@ -433,9 +433,15 @@ def test_the_first_argument_of_a_resnet_is_its_classes(depth):
 
 
 def conv(x, p, strides=1):
+  kernel = p['kernel']
+  if 'gain' in p:
+    fan_in = np.prod(kernel.shape[:3])
+    kernel -= kernel.mean((0, 1, 2), keepdims=True)
+    scale = jnp.maximum(fan_in * kernel.var((0, 1, 2)), 1e-4) ** -0.5
+    kernel *= (p['gain'] * scale)[None, None, None]
   y = jax.lax.conv_general_dilated(
     x,
-    p['kernel'],
+    kernel,
     (strides, strides),
     'SAME',
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
@@ -458,8 +464,13 @@ def normalize(x, p, stats):
   return x * p['scale'] + p['bias']
 
 
-def preactivation_block(x, p, stats, strides, bottleneck, gain):
-  """gain * (skip + alpha * branch(relu(norm(x)))), He et al. 2016."""
+def preactivation_block(x, p, stats, strides, bottleneck, gain, beta):
+  """gain * (skip + alpha * branch(relu(norm(x)))), He et al. 2016.
+
+  With beta, that of Brock, De, Smith 2021.
+  """
+  if beta is not None:
+    return normalizer_free_block(x, p, strides, bottleneck, beta)
   h = relu(normalize(x, p.get('norm1'), stats.get('norm1')))
   skip = conv(h, p['projection'], strides) if 'projection' in p else x
   if bottleneck:
@@ -473,6 +484,22 @@ def preactivation_block(x, p, stats, strides, bottleneck, gain):
     h = relu(normalize(h, p.get('norm2'), stats.get('norm2')))
     h, last = conv(h, p['conv2']), p['conv2']
   return gain * (skip + last.get('alpha', 1.0) * h)
+
+
+def gamma_relu(x):
+  return relu(x) * 1.7139588594436646
+
+
+def normalizer_free_block(x, p, strides, bottleneck, beta):
+  """skip + 0.2 * alpha * branch(beta * relu(x)), Brock, De, Smith 2021."""
+  h = gamma_relu(x) * beta
+  skip = conv(h, p['projection'], strides) if 'projection' in p else x
+  if bottleneck:
+    h = gamma_relu(conv(h, p['conv1']))
+    h = conv(gamma_relu(conv(h, p['conv2'], strides)), last := p['conv3'])
+  else:
+    h = conv(gamma_relu(conv(h, p['conv1'], strides)), last := p['conv2'])
+  return skip + 0.2 * last['alpha'] * h
 
 
 def fixup_block(x, p, strides, bottleneck, pooled):
@@ -505,6 +532,7 @@ def by_hand(model, variables, x):
   params, stats = variables['params'], variables.get('batch_stats', {})
   fixup = model.method == 'fixup'
   gain = 0.5**0.5 if model.method == 'divide_sqrt2' else 1.0
+  nf, std = model.method == 'nf', 1.0
   x = conv(x, params['stem'], 1 if model.small_images else 2)
   if fixup:
     x = relu(x + params['bias1']['scalar_bias'])
@@ -520,11 +548,14 @@ def by_hand(model, variables, x):
         x = fixup_block(x, p, strides, model.bottleneck, model.small_images)
       else:
         s = stats.get(f'stage{i}', {}).get(f'block{j}', {})
-        x = preactivation_block(x, p, s, strides, model.bottleneck, gain)
+        beta = 1 / std if nf else None
+        std = ((1.0 if j == 1 else std) ** 2 + 0.2**2) ** 0.5
+        x = preactivation_block(x, p, s, strides, model.bottleneck, gain, beta)
   if fixup:
     x = x.mean((1, 2)) + params['bias2']['scalar_bias']
   else:
-    x = relu(normalize(x, params.get('norm'), stats.get('norm'))).mean((1, 2))
+    x = normalize(x, params.get('norm'), stats.get('norm'))
+    x = (gamma_relu if nf else relu)(x).mean((1, 2))
   head = params['classifier']
   return x @ head['kernel'] + head['bias'][None]
 

@@ -60,6 +60,7 @@ def test_labels_are_total_and_by_exact_leaf_name(family, method):
   expected = {'kernel', 'bias'}
   expected |= {'scale'} if METHODS[method].normalize else set()
   expected |= {'alpha'} if METHODS[method].alpha is not None else set()
+  expected |= {'gain'} if METHODS[method].standardize else set()
   expected |= {'scalar_bias'} if METHODS[method].scalar_biases else set()
   assert set(jax.tree.leaves(labels)) == expected
 

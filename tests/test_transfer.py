@@ -51,7 +51,8 @@ def head_of(model, variables, x):
     scale = norm['scale'] / jnp.sqrt(stats['var'] + 1e-5)
     x = (x - stats['mean'].reshape(1, 1, 1, -1)) * scale.reshape(1, 1, 1, -1)
     x = x + norm['bias'].reshape(1, 1, 1, -1)
-  return jnp.maximum(x, 0).mean((1, 2))
+  factor = 1.7139588594436646 if model.method == 'nf' else 1.0
+  return factor * jnp.maximum(x, 0).mean((1, 2))
 
 
 def shorter(model, variables, stages):

@@ -47,8 +47,8 @@ class Method:
       the recipe's rate before that is scaled with the batch; None: the same.
     standardize: normalizer-free blocks (Brock, De, Smith 2021): standardized
       kernels with gains, see `StandardizedConv`; a bias on every convolution;
-      ReLU times sqrt(2 / (1 - 1/pi)), which keeps the variance; and a branch
-      whose input is divided by its expected standard deviation, see `betas`.
+      ReLU times 1.714, which keeps the variance; and a branch whose input is
+      divided by its expected standard deviation, see `betas`.
     branch_scale: factor on every branch beside alpha, the authors' alpha; only
       with `standardize`.
     classifier_std: standard deviation of the classifier's kernel at
