@@ -44,6 +44,11 @@ def network(**fields):
   return model, randomize(model, SHAPE)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model, params, x):
+  return model.apply({'params': params}, x, train=False)
+
+
 # The definition, in numpy and float64.
 
 
@@ -97,7 +102,7 @@ def test_computes_what_its_authors_do(bottleneck):
   x = normal(SHAPE, 1)
   want = by_hand(model, variables['params'], x)
   assert want.std() > 0.05
-  got = model.apply(variables, x, train=False)
+  got = logits_of(model, variables['params'], x)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -149,7 +154,8 @@ def test_parameters_start_as_its_authors_say():
   model = ResNet((2, 1), True, num_classes=500, method='nf', features=8)
   x = jnp.zeros((1, 32, 32, 3))
   key = jax.random.key(0, impl='rbg')
-  params = model.init(key, x, train=False)['params']
+  init = jax.jit(functools.partial(model.init, train=False))
+  params = init(key, x)['params']
   leaves = flatten(params)
   for path, leaf in leaves.items():
     name = path.split('/')[-1]
@@ -255,9 +261,9 @@ def test_a_scan_starts_every_block_apart_with_the_leaves_of_an_unrolled_one():
 
 def test_in_bfloat16_it_is_almost_the_same():
   model, variables = network()
-  x = normal(SHAPE, 1)
-  want = model.apply(variables, x, train=False)
-  got = model.clone(dtype='bfloat16').apply(variables, x, train=False)
+  params, x = variables['params'], normal(SHAPE, 1)
+  want = logits_of(model, params, x)
+  got = logits_of(model.clone(dtype='bfloat16'), params, x)
   assert got.dtype == jnp.float32
   assert_close(got, want, 0.05)
 
@@ -287,8 +293,8 @@ def test_a_folded_network_is_plain_and_the_same(fields):
   )
   assert flatten(shapes['params']).keys() == flatten(folded).keys()
   x = normal(SHAPE, 1)
-  want = model.apply({'params': params}, x, train=False)
-  assert_close(plain.apply({'params': folded}, x, train=False), want, 1e-5)
+  want = logits_of(model, params, x)
+  assert_close(logits_of(plain, folded, x), want, 1e-5)
 
 
 def test_a_body_of_one_stage_without_projection_folds_too():
@@ -298,8 +304,8 @@ def test_a_body_of_one_stage_without_projection_folds_too():
   assert 'projection' not in params['stage1']['block1']
   x = normal(SHAPE, 1)
   plain, folded = fold(model, params)
-  want = model.apply({'params': params}, x, train=False)
-  assert_close(plain.apply({'params': folded}, x, train=False), want, 1e-5)
+  want = logits_of(model, params, x)
+  assert_close(logits_of(plain, folded, x), want, 1e-5)
 
 
 def test_a_standardized_layer_alone_does_not_fold():
@@ -330,11 +336,17 @@ def test_the_gradient_of_alpha_is_the_branch_without_it():
     return (logits * jnp.linspace(-1, 1, logits.size).reshape(3, 5)).sum()
 
   params = variables['params']
-  loss(params, {})
-  branches = dict(inside)
+
+  @jax.jit
+  def branches_of(params):
+    loss(params, {})
+    return dict(inside)
+
+  branches = branches_of(params)
   assert len(branches) == 5
   zeros = jax.tree.map(jnp.zeros_like, branches)
-  grads, of_branches = jax.grad(loss, argnums=(0, 1))(params, zeros)
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+  grads, of_branches = gradient(params, zeros)
   for name, branch in branches.items():
     stage, block = name.split('/')
     alpha = params[stage][block]['conv2']['alpha']
@@ -346,8 +358,10 @@ def test_the_gradient_of_alpha_is_the_branch_without_it():
 
 def test_at_its_start_every_block_is_the_identity_and_only_alpha_moves():
   model = small_resnet((3,), 'nf')
-  variables = model.init(jax.random.key(0), normal(SHAPE), train=False)
-  grads = outcome(model, variables, normal(SHAPE, 1))['grads']
+  init = jax.jit(functools.partial(model.init, train=False))
+  variables = init(jax.random.key(0), normal(SHAPE))
+  run = jax.jit(outcome, static_argnums=0)
+  grads = run(model, variables, normal(SHAPE, 1))['grads']
   for path, grad in flatten(grads['stage1']).items():
     assert bool(np.asarray(grad).any()) == path.endswith('alpha'), path
 
