@@ -177,7 +177,9 @@ def test_biases_and_dropout_go_with_every_method(method):
   np.testing.assert_array_equal(
     logits, model.clone(dropout=0.0).apply(variables, x, train=False)
   )
-  # Every bias counts, but where batch normalization takes it out again.
+  # Every bias counts, but where batch normalization takes it out again. Kernels
+  # of mean 0 pass little of what is equal at all places.
+  least = 1e-4 if METHODS[method].standardize else 1e-3
   for path in biases:
     moved = jax.tree_util.tree_map_with_path(
       lambda p, v, path=path: (
@@ -186,7 +188,7 @@ def test_biases_and_dropout_go_with_every_method(method):
       variables['params'],
     )
     other = model.apply({**variables, 'params': moved}, x, train=False)
-    assert np.abs(other - logits).max() > 1e-3, path
+    assert np.abs(other - logits).max() > least, path
 
 
 def test_jit_computes_what_eager_does():
