@@ -431,7 +431,8 @@ NF = METHODS['nf']
   ],
 )
 def test_choices_that_exclude_each_other_are_one_line(fields, message):
-  model = ResNet((1,), num_classes=2, **{'method': 'nf', **fields})
+  fields = {'method': 'nf', **fields}
+  model = ResNet((1,), num_classes=2, **fields)
   with pytest.raises(InputError, match=message) as error:
     jax.eval_shape(
       functools.partial(model.init, train=False),

@@ -97,8 +97,8 @@ class Method:
     its first block sets back to 1, as in the authors' code. None without
     `standardize`.
 
-    >>> Method(standardize=True, branch_scale=3**0.5).betas((2, 1))
-    [[1.0, 0.5], [0.37796447300922725]]
+    >>> Method(standardize=True, branch_scale=0.75).betas((1, 2))
+    [[1.0], [0.8, 0.8]]
     """
     betas: list[list[float] | None] = []
     std = 1.0
