@@ -74,17 +74,18 @@ def fill(
     out.with_suffix('.json').write_text(json.dumps(report, indent=1) + '\n')
 
 
-def table(report: dict[str, Any], fields: Iterable[str]) -> str:
+def table(report: dict[str, Any], fields: Iterable[str], bound: str) -> str:
   """Markdown, relative to the example where that was compiled.
 
   Args:
     report: with costs by network as `rows`, and `batch_per_chip`.
     fields: which of FIELDS, or others, which are counts.
+    bound: head of the column of what rate and bandwidth allow.
   """
   results, batch = report['rows'], report['batch_per_chip']
   base = results.get('example')
   heads = [FIELDS.get(field, (field,))[0] for field in fields]
-  rows = [['network', *heads, 'images/s a chip, at most']]
+  rows = [['network', *heads, bound]]
   for name, result in results.items():
     cells = [NETWORKS[name]]
     for field in fields:

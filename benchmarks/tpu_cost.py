@@ -10,7 +10,6 @@ example, in the compiler's bytes accessed, bytes to and from HBM (see
 `skipinit_jax.ahead_of_time.counts`) and activations.
 """
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import jax
 
 from benchmarks import costs
 from skipinit_jax import cli
-from skipinit_jax.ahead_of_time.chips import topology
+from skipinit_jax.ahead_of_time.chips import compilers, platform_of, topology
+from skipinit_jax.errors import InputError
 from skipinit_jax.training.result import versions
 
 BATCH = 128
@@ -35,7 +35,7 @@ ROWS = [
 
 def table(report: dict[str, Any]) -> str:
   """Markdown of what was written."""
-  return costs.table(report, costs.FIELDS)
+  return costs.table(report, costs.FIELDS, 'images/s a chip, at most')
 
 
 def main() -> None:
@@ -46,11 +46,16 @@ def main() -> None:
   args = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
   with cli.errors_in_one_line():
+    if platform_of(args.topology) == 'gpu':
+      raise InputError(
+        f'--topology {args.topology!r} is for benchmarks.gpu_cost; expected a '
+        'TPU slice, such as v5e:2x2'
+      )
     where = topology(args.topology)
   report = {
     'topology': where.name,
     'batch_per_chip': BATCH,
-    'versions': versions() | {'libtpu': importlib.metadata.version('libtpu')},
+    'versions': versions() | compilers(),
   }
   costs.fill(
     report,
