@@ -133,8 +133,10 @@ def _accuracy_point(grid: Grid, summary: Summary, chance: float) -> Point:
   x = drawing.row_position(grid, summary.cell)
   if result.diverged == result.runs:
     return Point(x, 100 * chance, good=False)
-  bar = 100 * result.bar
-  return Point(x, 100 * result.top1, bar, bar, bool(summary.trains))
+  bar, y = 100 * result.bar, 100 * result.top1
+  # An interval for a mean of seeds, some of which fail, may pass both ends.
+  low, high = min(bar, y), min(bar, 100 - y)
+  return Point(x, y, low, high, bool(summary.trains))
 
 
 def _held_out(
