@@ -363,6 +363,8 @@ def test_the_headline_is_what_the_study_found():
 
   def text(cell):
     test = cell['test']
+    if test is None:
+      return '…'
     if not cell['trains']:
       return '–'  # noqa: RUF001
     half = test['error'] if test['interval'] is None else test['interval']
@@ -374,5 +376,5 @@ def test_the_headline_is_what_the_study_found():
     assert f'| {" | ".join(line)} |\n' in readme
     # Nothing fails that was not tried at small rates too.
     for column in grid.columns:
-      if not cells[row, column]['trains']:
+      if cells[row, column]['trains'] is False:
         assert min(cells[row, column]['tried']) <= -10
