@@ -84,7 +84,9 @@ def _accuracy(
   if not done:
     return
   fails = not all(s.trains for s in done.values())
-  trained = [s.result.top1 for s in done.values() if s.result and s.trains]
+  trained = [
+    s.result.top1 - s.result.bar for s in done.values() if s.result and s.trains
+  ]
   # Beside points at chance, differences among the others would not show.
   enlarge = fails and bool(trained) and min(trained) > ENLARGED
   figure, panels = drawing.new_figure(grid, 2 if enlarge else 1)
