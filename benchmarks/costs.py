@@ -22,9 +22,10 @@ from benchmarks.peers import (
   recipe,
 )
 from skipinit_jax import markdown
-from skipinit_jax.ahead_of_time.chips import GIB, Slice
+from skipinit_jax.ahead_of_time.chips import GIB, Slice, compilers
 from skipinit_jax.ahead_of_time.measure import cost, measure
 from skipinit_jax.training.devices import map_over_devices
+from skipinit_jax.training.result import versions
 
 # Field -> head of its column, unit, and how much that is.
 FIELDS = {
@@ -72,6 +73,19 @@ def fill(
     report[part][name] = made = make(name)
     print(f'{name}: compiled in {made["compile_seconds"]:.0f} s', flush=True)
     out.with_suffix('.json').write_text(json.dumps(report, indent=1) + '\n')
+
+
+def compile_networks(
+  names: Iterable[str], where: Slice, batch: int, out: Path
+) -> dict[str, Any]:
+  """A report with the rows of these networks, see `row` and `fill`."""
+  report = {
+    'topology': where.name,
+    'batch_per_chip': batch,
+    'versions': versions() | compilers(),
+  }
+  fill(report, 'rows', names, lambda name: row(name, where, batch), out)
+  return report
 
 
 def table(report: dict[str, Any], fields: Iterable[str], bound: str) -> str:

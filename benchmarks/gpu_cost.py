@@ -22,13 +22,11 @@ from skipinit_jax import cli, markdown
 from skipinit_jax.ahead_of_time.chips import (
   GIB,
   GPUS,
-  compilers,
   topology,
 )
 from skipinit_jax.ahead_of_time.measure import measure
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.training.recipes import load_recipe
-from skipinit_jax.training.result import versions
 
 BATCH = 256
 ROWS = [n for n in NETWORKS if n not in ('torch', 'calls8')]
@@ -90,18 +88,7 @@ def main() -> None:
     if args.chip not in GPUS:
       raise InputError(unknown('GPU', args.chip, GPUS))
     where = topology(f'{args.chip}x1')
-  report: dict[str, Any] = {
-    'topology': where.name,
-    'batch_per_chip': BATCH,
-    'versions': versions() | compilers(),
-  }
-  costs.fill(
-    report,
-    'rows',
-    args.rows,
-    lambda name: costs.row(name, where, BATCH),
-    args.out,
-  )
+  report = costs.compile_networks(args.rows, where, BATCH, args.out)
   costs.fill(
     report,
     'recipes',

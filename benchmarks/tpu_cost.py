@@ -17,9 +17,8 @@ import jax
 
 from benchmarks import costs
 from skipinit_jax import cli
-from skipinit_jax.ahead_of_time.chips import compilers, platform_of, topology
+from skipinit_jax.ahead_of_time.chips import platform_of, topology
 from skipinit_jax.errors import InputError
-from skipinit_jax.training.result import versions
 
 BATCH = 128
 ROWS = [
@@ -52,18 +51,7 @@ def main() -> None:
         'TPU slice, such as v5e:2x2'
       )
     where = topology(args.topology)
-  report = {
-    'topology': where.name,
-    'batch_per_chip': BATCH,
-    'versions': versions() | compilers(),
-  }
-  costs.fill(
-    report,
-    'rows',
-    args.rows,
-    lambda name: costs.row(name, where, BATCH),
-    args.out,
-  )
+  report = costs.compile_networks(args.rows, where, BATCH, args.out)
   print(table(report))
 
 
