@@ -11,6 +11,7 @@ Writes OUT.json and prints both tables. Bytes and launches are counted from the
 optimized program (see `skipinit_jax.ahead_of_time.counts`).
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,7 @@ import jax
 from benchmarks import costs
 from benchmarks.peers import NETWORKS
 from skipinit_jax import cli, markdown
-from skipinit_jax.ahead_of_time.chips import (
-  GIB,
-  GPUS,
-  topology,
-)
+from skipinit_jax.ahead_of_time.chips import GIB, GPUS, topology
 from skipinit_jax.ahead_of_time.measure import measure
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.training.recipes import load_recipe
@@ -89,13 +86,8 @@ def main() -> None:
       raise InputError(unknown('GPU', args.chip, GPUS))
     where = topology(f'{args.chip}x1')
   report = costs.compile_networks(args.rows, where, BATCH, args.out)
-  costs.fill(
-    report,
-    'recipes',
-    args.recipes,
-    lambda name: of_recipe(name, args.chip),
-    args.out,
-  )
+  make = functools.partial(of_recipe, chip=args.chip)
+  costs.fill(report, 'recipes', args.recipes, make, args.out)
   print(of_networks(report))
   print(of_recipes(report))
 
