@@ -22,9 +22,10 @@ from benchmarks.peers import (
   recipe,
 )
 from skipinit_jax import markdown
-from skipinit_jax.ahead_of_time.chips import GIB, Slice
+from skipinit_jax.ahead_of_time.chips import GIB, Slice, compilers
 from skipinit_jax.ahead_of_time.measure import cost, measure
 from skipinit_jax.training.devices import map_over_devices
+from skipinit_jax.training.result import versions
 
 # Field -> head of its column, unit, and how much that is.
 FIELDS = {
@@ -74,17 +75,31 @@ def fill(
     out.with_suffix('.json').write_text(json.dumps(report, indent=1) + '\n')
 
 
-def table(report: dict[str, Any], fields: Iterable[str]) -> str:
+def compile_networks(
+  names: Iterable[str], where: Slice, batch: int, out: Path
+) -> dict[str, Any]:
+  """A report with the rows of these networks, see `row` and `fill`."""
+  report = {
+    'topology': where.name,
+    'batch_per_chip': batch,
+    'versions': versions() | compilers(),
+  }
+  fill(report, 'rows', names, lambda name: row(name, where, batch), out)
+  return report
+
+
+def table(report: dict[str, Any], fields: Iterable[str], bound: str) -> str:
   """Markdown, relative to the example where that was compiled.
 
   Args:
     report: with costs by network as `rows`, and `batch_per_chip`.
     fields: which of FIELDS, or others, which are counts.
+    bound: head of the column of what rate and bandwidth allow.
   """
   results, batch = report['rows'], report['batch_per_chip']
   base = results.get('example')
   heads = [FIELDS.get(field, (field,))[0] for field in fields]
-  rows = [['network', *heads, 'images/s a chip, at most']]
+  rows = [['network', *heads, bound]]
   for name, result in results.items():
     cells = [NETWORKS[name]]
     for field in fields:

@@ -2,31 +2,32 @@
 
   python -m benchmarks.on_gpu --out=docs/on_gpu.json
 
-Takes at most --minutes (8) on a machine with a GPU, and writes one file, after
-each part, so that nothing is lost:
+Takes at most --minutes (8) on one GPU, and writes one file, after each part, so
+that nothing is lost:
 
-- packed: a small network (the CIFAR-10 recipe) in several processes on one GPU;
-- vmap: several of its runs in one program, by `vmap` over their states;
-- deterministic: whether two processes end with the same bits, with and without
-  `deterministic=True`, and what that costs;
 - speed: ResNet-50 and a Wide-ResNet against Flax's example and PyTorch (where
-  torch is installed): images per second, memory, the host's share; round after
-  round, until the time is up.
+  torch is installed): images per second, memory, the host's share;
+- deterministic: whether two processes that compile for themselves end with the
+  same bits, with and without `deterministic=True`, and what that costs;
+- packed: a small network (the CIFAR-10 recipe) in several processes at a time;
+- vmap: several of its runs in one program, by `vmap` over their states;
+- more rounds of `speed`, until the time is up.
 
 Without a GPU it measures toy sizes, which say nothing but that it works.
 """
 
 import argparse
-import functools
+import contextlib
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,11 +45,10 @@ from skipinit_jax.data.stand_in import stand_in
 from skipinit_jax.training import devices, program
 from skipinit_jax.training.optimizer import peak_rate
 from skipinit_jax.training.recipes import load_recipe
-from skipinit_jax.training.result import versions
 
-# Cases and contenders of the part `speed`, the first that others are held to.
+# Cases and contenders of the part `speed`; others are held to the first.
 SPEED = {
-  'resnet50:256': ['example', 'torch', 'batchnorm', 'skipinit', 'micro4'],
+  'resnet50:256': ['example', 'skipinit', 'torch', 'batchnorm', 'micro4'],
   'wrn16-4:128': ['batchnorm', 'skipinit', 'calls8'],
 }
 TOY_SPEED = {'wrn16-4:2': ['batchnorm', 'skipinit']}
@@ -64,22 +64,24 @@ def small(toy: bool) -> ConfigDict:
   return config
 
 
-def steps_per_second(step: Any, seconds: float) -> float:
-  """How often a compiled step runs."""
-  jax.block_until_ready(step())
-  start, done = time.perf_counter(), 0
-  while time.perf_counter() - start < seconds:
-    for _ in range(10):
+def steps_per_second(step: Callable[[], Any], seconds: float) -> float:
+  """How often a compiled step runs, without a pause between steps."""
+
+  def run(steps: int) -> float:
+    start = time.perf_counter()
+    for _ in range(steps):
       out = step()
     jax.block_until_ready(out)
-    done += 10
-  return done / (time.perf_counter() - start)
+    return time.perf_counter() - start
+
+  run(2)
+  steps = max(2, round(10 * seconds / run(10)))
+  return steps / run(steps)
 
 
 def serve_packed(config: ConfigDict, seconds: float, _: int) -> dict[str, Any]:
   """Steps a second, from when all processes are ready."""
   step = throughput.our_step(config)
-  jax.block_until_ready(step())
   print('ready', flush=True)
   sys.stdin.readline()
   return {'steps_per_second': steps_per_second(step, seconds)}
@@ -112,12 +114,13 @@ def serve_vmap(config: ConfigDict, seconds: float, runs: int) -> dict[str, Any]:
 def serve_deterministic(
   config: ConfigDict, seconds: float, steps: int
 ) -> dict[str, Any]:
-  """A digest of the metrics of some steps, and steps a second after them."""
-  step = throughput.our_step(config)
+  """A digest of the parameters after some steps, and steps a second."""
+  step, state = throughput.our_run(config)
   digest = hashlib.sha256()
   for _ in range(steps):
-    for leaf in jax.tree.leaves(jax.device_get(step())):
-      digest.update(np.asarray(leaf).tobytes())
+    step()
+  for leaf in jax.tree.leaves(jax.device_get(state[0].params)):
+    digest.update(np.asarray(leaf).tobytes())
   return {
     'digest': digest.hexdigest(),
     'steps_per_second': steps_per_second(step, seconds),
@@ -125,9 +128,9 @@ def serve_deterministic(
 
 
 SERVE = {
+  'deterministic': serve_deterministic,
   'packed': serve_packed,
   'vmap': serve_vmap,
-  'deterministic': serve_deterministic,
 }
 
 
@@ -137,35 +140,66 @@ class Others:
   Attributes:
     toy: at toy size.
     seconds: of a timing.
-    cache: folder of compiled programs.
+    cache: folder of compiled programs and of what processes complain of.
+    ends: when the time is up, by `time.monotonic`.
   """
 
-  def __init__(self, toy: bool, seconds: float, cache: str):
-    self.toy, self.seconds, self.cache = toy, seconds, cache
+  def __init__(self, toy: bool, seconds: float, cache: str, ends: float):
+    self.toy, self.seconds, self.cache = toy, seconds, Path(cache)
+    self.ends = ends
 
   def start(
-    self, part: str, number: int, flags: str = '', share: float = 0.9
+    self,
+    part: str,
+    number: int,
+    *,
+    flags: str = '',
+    share: float = 0.9,
+    cache: str = 'programs',
   ) -> subprocess.Popen[str]:
     """A process that serves a part, with so much of the GPU's memory."""
     env = os.environ | {
-      'JAX_COMPILATION_CACHE_DIR': self.cache,
+      'JAX_COMPILATION_CACHE_DIR': str(self.cache / cache),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{share:.2f}',
       'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flags}'.strip(),
     }
     command = [sys.executable, '-m', 'benchmarks.on_gpu', '--serve', part]
     command += [str(number), f'--seconds={self.seconds}']
-    return subprocess.Popen(
-      command + ['--toy'] * self.toy,
-      env=env,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
+    # Not a pipe: one that nobody reads would stop a process that warns a lot.
+    with tempfile.NamedTemporaryFile(
+      'w', dir=self.cache, prefix='stderr-', delete=False
+    ) as stderr:
+      process = subprocess.Popen(
+        command + ['--toy'] * self.toy,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+      )
+    process.complaints = Path(stderr.name)  # pyright: ignore
+    left = max(self.ends - time.monotonic(), 1)
+    timer = threading.Timer(left, process.kill)  # Ends all waiting for it.
+    timer.daemon = True
+    timer.start()
+    return process
 
-  def ask(self, part: str, number: int, flags: str = '') -> dict[str, Any]:
-    return figures(self.start(part, number, flags))
+  def deterministic(self) -> dict[str, Any]:
+    """Two processes with the flag and two without, in turns.
+
+    Each compiles and chooses algorithms for itself, as on two days.
+    """
+    flags = {'as usual': '', 'deterministic': devices.DETERMINISTIC}
+    if self.toy:
+      flags = dict.fromkeys(flags, '')  # CPUs are so anyway.
+    found: dict[str, list] = {name: [] for name in flags}
+    for i in range(2):
+      for name, flag in flags.items():
+        own = f'{name}-{i}'
+        process = self.start('deterministic', STEPS, flags=flag, cache=own)
+        found[name].append(figures(process))
+    return found
 
   def packed(self) -> dict[str, Any]:
     """Steps a second of all processes together, by their number."""
@@ -173,10 +207,14 @@ class Others:
     for n in TOGETHER:
       processes = [self.start('packed', n, share=0.9 / n) for _ in range(n)]
       for process in processes:
-        while process.poll() is None and process.stdout.readline() != 'ready\n':
+        while process.stdout and process.stdout.readline() not in (
+          'ready\n',
+          '',
+        ):
           pass
       for process in processes:
-        if process.poll() is None:
+        with contextlib.suppress(BrokenPipeError):  # It has ended.
+          assert process.stdin
           process.stdin.write('go\n')
           process.stdin.flush()
       answers = [figures(process) for process in processes]
@@ -187,28 +225,19 @@ class Others:
 
   def vmap(self) -> dict[str, Any]:
     """Steps a second of all runs together, by their number."""
-    return {n: self.ask('vmap', n) for n in TOGETHER}
-
-  def deterministic(self) -> dict[str, Any]:
-    """Two processes with the flag and two without, in turns."""
-    flags = {'as usual': '', 'deterministic': devices.DETERMINISTIC}
-    if self.toy:
-      flags = dict.fromkeys(flags, '')  # CPUs are so anyway.
-    found: dict[str, list] = {name: [] for name in flags}
-    for _ in range(2):
-      for name, flag in flags.items():
-        found[name].append(self.ask('deterministic', STEPS, flag))
-    return found
+    return {n: figures(self.start('vmap', n)) for n in TOGETHER}
 
 
 def figures(process: subprocess.Popen[str]) -> dict[str, Any]:
-  """What a process printed, or the last line of its complaint as `error`."""
-  out, err = process.communicate()
+  """What a process printed, or the line that says why not as `error`."""
+  out = process.communicate()[0]
   for line in out.splitlines():
     if line.startswith('figures '):
       return json.loads(line.removeprefix('figures '))
-  lines = [line for line in err.splitlines() if line.strip()]
-  return {'error': (lines or ['no output'])[-1].strip()[:300]}
+  if process.returncode == -signal.SIGKILL:
+    return {'error': 'the time was up'}
+  stderr = process.complaints.read_text()  # pyright: ignore
+  return {'error': throughput.complaint(stderr)}
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -247,38 +276,37 @@ def _rates(answers: list[dict], base: list[dict]) -> list[str]:
 
 def speed(
   cases: dict[str, list[str]],
-  seconds: float,
-  cache: str,
+  results: dict[str, dict[str, list]],
+  measure: Callable[[str, str], dict[str, Any]],
   ends: float,
-  keep: Callable[[dict[str, dict[str, list]]], None],
 ) -> None:
-  """Rounds over all contenders, until another one would end too late.
+  """Adds a round over all contenders to `results`.
 
-  The first compiles, which is not timed, and is cut short at the end of the
-  time; at least one contender is measured.
+  The first compiles. That is not timed, but takes memory, so its peak is left
+  out; at the end of the time it is cut short. Later ones are of those that did
+  not fail, and count whole or not at all.
   """
-  order = [(case, name) for case, names in cases.items() for name in names]
-  results: dict[str, dict[str, list]] = {}
-  last = 0.0
-  for number in itertools.count(1):
-    start = time.monotonic()
-    if start + last > ends and results:
-      return
-    made: dict[str, dict[str, list]] = {}
-    for case, name in order:
-      runs = results.get(case, {}).get(name, [])
-      if number > 1 and (not runs or 'error' in runs[0]):
-        made.setdefault(case, {})[name] = runs
+  first = not results
+  made = {}
+  for case, names in cases.items():
+    for name in names:
+      before = results.get(case, {}).get(name, [{'error': ''}])
+      if first and time.monotonic() > ends and made:
+        return
+      if not first and 'error' in before[0]:
         continue
-      if number == 1 and made and time.monotonic() > ends:
-        break
-      found = throughput.measure(name, case, seconds, cache)
-      made.setdefault(case, {})[name] = [*runs, found]
-      print(f'speed: {case} {name}, round {number}', flush=True)
-      if number == 1:
-        keep(made)
-    results, last = made, time.monotonic() - start
-    keep(results)
+      found = measure(name, case)
+      made[case, name] = found
+      print(f'speed: {case} {name}', flush=True)
+      if first:
+        if 'error' not in found:
+          found['peak_bytes'] = None
+        results.setdefault(case, {})[name] = [found]
+      elif 'error' in found:
+        return
+  if not first:
+    for (case, name), found in made.items():
+      results[case][name].append(found)
 
 
 def main() -> None:
@@ -297,14 +325,20 @@ def main() -> None:
     print('figures', json.dumps(answer), flush=True)
     return
   ends = time.monotonic() + 60 * args.minutes
-  where = throughput.describe()
-  toy = args.toy or where['platform'] != 'gpu'
+  # PyTorch's part uses one GPU, so all do.
+  os.environ.setdefault('CUDA_VISIBLE_DEVICES', '0')
+  if args.toy:
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+  with cli.errors_in_one_line():
+    where = throughput.describe()
+  toy = where['platform'] != 'gpu'
   if toy:
     print('toy sizes: these figures say nothing about a GPU', flush=True)
   seconds = args.seconds or (0.5 if toy else 3)
-  report = where | {'toy': toy, 'versions': versions()}
+  report = where | {'toy': toy, 'versions': throughput.packages()}
   cases = TOY_SPEED if toy else SPEED
   if importlib.util.find_spec('torch') is None:
+    print('without PyTorch, which is not installed', flush=True)
     cases = {
       case: [name for name in names if name != 'torch']
       for case, names in cases.items()
@@ -315,11 +349,27 @@ def main() -> None:
     args.out.write_text(json.dumps(report, indent=1) + '\n')
 
   with tempfile.TemporaryDirectory() as cache:
-    others = Others(toy, seconds, cache)
+    others = Others(toy, seconds, cache, ends)
+    results: dict[str, dict[str, list]] = {}
+
+    def measure(name: str, case: str) -> dict[str, Any]:
+      left = max(ends - time.monotonic(), 1)
+      return throughput.measure(name, case, seconds, cache, left)
+
+    def another_round() -> float:
+      start = time.monotonic()
+      speed(cases, results, measure, ends)
+      keep('speed', results)
+      return time.monotonic() - start
+
+    another_round()
     for part in SERVE:
-      keep(part, getattr(others, part)())
-      print(f'{part}: done', flush=True)
-    speed(cases, seconds, cache, ends, functools.partial(keep, 'speed'))
+      if time.monotonic() < ends:
+        keep(part, getattr(others, part)())
+        print(f'{part}: done', flush=True)
+    took = another_round() if time.monotonic() < ends else 0.0
+    while took and time.monotonic() + took < ends:
+      took = another_round()
   print(tables(json.loads(args.out.read_text())))
 
 

@@ -16,6 +16,7 @@ whole process.
 
 import argparse
 import functools
+import glob
 import importlib.metadata
 import importlib.util
 import json
@@ -39,9 +40,12 @@ from ml_collections import ConfigDict
 from benchmarks import peers
 from benchmarks.input_pipeline import machine
 from skipinit_jax import cli
+from skipinit_jax.ahead_of_time.chips import compilers
 from skipinit_jax.data.stand_in import stand_in
+from skipinit_jax.errors import InputError
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.devices import (
+  ACCELERATORS,
   map_over_devices,
   message,
   replicate,
@@ -88,6 +92,17 @@ def networks(case: str, platform: str) -> list[str]:
 
 def our_step(config: ConfigDict, network: str = '') -> Callable[[], Any]:
   """Makes a function that starts a step of a recipe and returns its metrics."""
+  return our_run(config, network)[0]
+
+
+def our_run(
+  config: ConfigDict, network: str = ''
+) -> tuple[Callable[[], Any], list[Any]]:
+  """Makes a function that starts a step of a recipe and returns its metrics.
+
+  Returns:
+    The function, and the list that holds the state of the run.
+  """
   check_config(config, jax.device_count())
   data = stand_in(config.data)
   with peers.as_network(network):
@@ -109,7 +124,7 @@ def our_step(config: ConfigDict, network: str = '') -> Callable[[], Any]:
       return metrics
 
     jax.block_until_ready(step())  # Traces the step inside `as_network`.
-  return step
+  return step, state
 
 
 def example_step(batch_size: int) -> Callable[[], Any]:
@@ -187,9 +202,13 @@ def peak_bytes(network: str) -> int:
 
 
 def measure(
-  network: str, case: str, seconds: float, cache: str
+  network: str,
+  case: str,
+  seconds: float,
+  cache: str,
+  timeout: float | None = None,
 ) -> dict[str, Any]:
-  """`time_here` in another process; `error` if it did not fit."""
+  """`time_here` in another process; `error` if it did not fit, or in time."""
   command = [
     sys.executable,
     '-m',
@@ -205,15 +224,29 @@ def measure(
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'TORCHINDUCTOR_CACHE_DIR': f'{cache}/torch',
   }
-  done = subprocess.run(
-    command, env=env, capture_output=True, text=True, check=False
-  )
+  try:
+    done = subprocess.run(
+      command,
+      env=env,
+      capture_output=True,
+      text=True,
+      check=False,
+      timeout=timeout,
+    )
+  except subprocess.TimeoutExpired:
+    return {'error': 'the time was up'}
   for line in done.stdout.splitlines():
     if line.startswith('figures '):
       return json.loads(line.removeprefix('figures '))
-  lines = [x for x in done.stderr.splitlines() if x.strip()] or ['no output']
+  return {'error': complaint(done.stderr)}
+
+
+def complaint(stderr: str) -> str:
+  """The line of a process's standard error that says why it ended."""
+  lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+  lines = [x for x in lines if 'JAX has removed' not in x and x.strip('-')]
   memory = [x for x in lines if 'memory' in x or 'EXHAUSTED' in x]
-  return {'error': (memory or lines)[-1].strip()[:300]}
+  return ([*lines, 'no output'] if not lines else memory or lines)[-1][:300]
 
 
 def run(
@@ -258,38 +291,65 @@ def table(results: dict[str, dict[str, list]]) -> str:
     for name in names:
       runs = contenders[name]
       where = f'{model}, batch {batch_size}' if name == base else ''
-      if 'error' in runs[0]:
-        cells = f'did not run: {runs[0]["error"][:80]} | - | - | -'
+      if error := _error(runs):
+        cells = f'did not run: {error[:80]} | - | - | -'
       else:
         rates = [r['images_per_second'] for r in runs]
         digits = 1 if max(rates) < 100 else 0
         ratio = '-'
-        if 'error' not in contenders[base][0]:
+        if not _error(contenders[base]):
           pairs = zip(runs, contenders[base], strict=True)
           ratio = spread(
             [a['images_per_second'] / b['images_per_second'] for a, b in pairs],
             2,
           )
-        memory = statistics.median(r['peak_bytes'] for r in runs) / 1e9
+        peaks = [r['peak_bytes'] for r in runs if r['peak_bytes']]
+        memory = f'{statistics.median(peaks) / 1e9:.2f}' if peaks else '-'
         host = 1e3 * statistics.median(r['host_seconds'] for r in runs)
-        cells = f'{spread(rates, digits)} | {ratio} | {memory:.2f} | {host:.1f}'
+        cells = f'{spread(rates, digits)} | {ratio} | {memory} | {host:.1f}'
       lines.append(f'| {where} | {peers.NETWORKS[name]} | {cells} |')
   return '\n'.join(lines) + '\n'
 
 
+def _error(runs: list[dict[str, Any]]) -> str:
+  """What ended any of these runs; empty if nothing did."""
+  return next((run['error'] for run in runs if 'error' in run), '')
+
+
 def describe() -> dict[str, Any]:
-  """The platform and its devices, from a process that then releases them."""
+  """The platform and its devices, from a process that then releases them.
+
+  Raises:
+    InputError: JAX does not start, or does not see the machine's accelerator.
+  """
   code = (
     'import jax; d = jax.devices(); '
     'print(d[0].platform, len(d), "x", d[0].device_kind)'
   )
   command = [sys.executable, '-c', code]
-  answer = subprocess.run(command, capture_output=True, text=True, check=True)
+  answer = subprocess.run(command, capture_output=True, text=True, check=False)
+  if answer.returncode:
+    raise InputError(f'JAX finds no device: {complaint(answer.stderr)}')
   platform, _, device = answer.stdout.strip().partition(' ')
+  there = next((k for k in ACCELERATORS if glob.glob(k)), '')
+  if platform == 'cpu' and there and os.environ.get('JAX_PLATFORMS') != 'cpu':
+    kind, install = ACCELERATORS[there]
+    raise InputError(
+      f'this machine has a {kind}, but JAX sees only the CPU (is it in use?): '
+      f'{install}, or measure the CPU with JAX_PLATFORMS=cpu'
+    )
   return {
     'platform': platform,
     'device': machine() if platform == 'cpu' else device,
   }
+
+
+def packages() -> dict[str, str]:
+  """The versions of all that takes part."""
+  found = versions() | compilers()
+  if importlib.util.find_spec('torch'):
+    found['torch'] = importlib.metadata.version('torch')
+  return found
 
 
 def main() -> None:
@@ -308,10 +368,8 @@ def main() -> None:
   if args.serve:
     print('figures', json.dumps(time_here(*args.serve, args.seconds)))
     return
-  packages = versions()
-  if importlib.util.find_spec('torch'):
-    packages['torch'] = importlib.metadata.version('torch')
-  report = describe() | {'versions': packages}
+  with cli.errors_in_one_line():
+    report = describe() | {'versions': packages()}
   cases = args.cases or CASES[report['platform']]
   for case in cases:
     model, _, batch_size = case.partition(':')

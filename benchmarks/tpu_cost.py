@@ -10,7 +10,6 @@ example, in the compiler's bytes accessed, bytes to and from HBM (see
 `skipinit_jax.ahead_of_time.counts`) and activations.
 """
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import jax
 
 from benchmarks import costs
 from skipinit_jax import cli
-from skipinit_jax.ahead_of_time.chips import topology
-from skipinit_jax.training.result import versions
+from skipinit_jax.ahead_of_time.chips import platform_of, topology
+from skipinit_jax.errors import InputError
 
 BATCH = 128
 ROWS = [
@@ -35,7 +34,7 @@ ROWS = [
 
 def table(report: dict[str, Any]) -> str:
   """Markdown of what was written."""
-  return costs.table(report, costs.FIELDS)
+  return costs.table(report, costs.FIELDS, 'images/s a chip, at most')
 
 
 def main() -> None:
@@ -46,19 +45,13 @@ def main() -> None:
   args = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
   with cli.errors_in_one_line():
+    if platform_of(args.topology) == 'gpu':
+      raise InputError(
+        f'--topology {args.topology!r} is for benchmarks.gpu_cost; expected a '
+        'TPU slice, such as v5e:2x2'
+      )
     where = topology(args.topology)
-  report = {
-    'topology': where.name,
-    'batch_per_chip': BATCH,
-    'versions': versions() | {'libtpu': importlib.metadata.version('libtpu')},
-  }
-  costs.fill(
-    report,
-    'rows',
-    args.rows,
-    lambda name: costs.row(name, where, BATCH),
-    args.out,
-  )
+  report = costs.compile_networks(args.rows, where, BATCH, args.out)
   print(table(report))
 
 

@@ -1,7 +1,9 @@
 """Small training runs, in this process and in others, for the tests."""
 
+import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,10 +15,8 @@ import jax
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from jax.sharding import Mesh, PartitionSpec
 
 from skipinit_jax.ahead_of_time import chips
-from skipinit_jax.training.devices import AXIS
 from skipinit_jax.training.metrics import TIMINGS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,25 +175,20 @@ def empty_bucket():
   return 'gs://bucket'
 
 
-def by_shard_map(step, split, devices=None, *, donate_argnums=()):
-  """`devices.map_over_devices`, by `jit` of `shard_map`."""
-
-  def of_device(*args):
-    one = [
-      jax.tree.map(lambda x: x[0], arg) if stacked else arg
-      for arg, stacked in zip(args, split, strict=True)
-    ]
-    return step(*one)
-
-  same, by_device = PartitionSpec(), PartitionSpec(AXIS)
-  mapped = jax.shard_map(
-    of_device,
-    mesh=Mesh(np.array(devices or jax.devices()), (AXIS,)),
-    in_specs=tuple(by_device if stacked else same for stacked in split),
-    out_specs=same,
-    check_vma=False,
+@functools.cache
+def _of_the_page():
+  page = (ROOT / 'docs' / 'how_it_works.md').read_text()
+  (block,) = re.findall(
+    r'^```python\n([^`]*^def map_over_devices.*?)^```', page, re.M | re.S
   )
-  return jax.jit(mapped, donate_argnums=donate_argnums)
+  found = {}
+  exec(compile(block, 'how_it_works.md', 'exec'), found)
+  return found['map_over_devices']
+
+
+def by_shard_map(*args, **kwargs):
+  """`devices.map_over_devices` as the page on how it works would write it."""
+  return _of_the_page()(*args, **kwargs)
 
 
 def by_compiler(topology, code, *args):
@@ -203,7 +198,10 @@ def by_compiler(topology, code, *args):
   development requirements, CUDA's (`jax[cuda13]`, 5 GB) is not.
   """
   gpu = chips.platform_of(topology) == 'gpu'
-  pytest.importorskip('jax_plugins.xla_cuda13' if gpu else 'libtpu')
+  if gpu and not {*chips.CUDA_PACKAGES} & {*chips.compilers()}:
+    pytest.skip('needs jax[cuda13] or jax[cuda12]')
+  if not gpu:
+    pytest.importorskip('libtpu')
   done = subprocess.run(
     [sys.executable, '-c', code, *map(str, args)],
     cwd=ROOT,

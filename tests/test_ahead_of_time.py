@@ -243,6 +243,7 @@ def test_unknown_chip_and_topology_name_those_that_exist():
     ('xh100', "unknown chip 'xh100'; did you mean 'h100'"),
     ('h100x0', "'h100x0': expected h100x1 to h100x8, or a multiple of 8"),
     ('h100x12', "'h100x12': expected h100x1 to h100x8, or a multiple of 8"),
+    ('h100x' + 5000 * '1', 'unknown chip'),
     ('h100:8', "'h100:8': expected h100x1 to h100x8"),
     ('v5ex4', "unknown topology 'v5ex4'.*v5e:2x2"),
   ],
@@ -275,7 +276,7 @@ def test_the_cuda_compiler_is_there_and_as_new_as_jaxlib(
 
 
 def test_gpus_are_described_as_the_compiler_asks(monkeypatch):
-  """XLA's text for an H100 has the same fields, and these values."""
+  """XLA's text for an H100 has these values, to four digits."""
   text = chips.GPUS['h100'].description()
   for field in (
     'threads_per_block_limit: 1024',
@@ -285,6 +286,9 @@ def test_gpus_are_described_as_the_compiler_asks(monkeypatch):
     'fpus_per_core: 128',
     'l2_cache_size: 52428800',
     'clock_rate_ghz: 1.98',
+    'memory_bandwidth: 3352000000000',
+    'device_memory_size: 84940000000',
+    'threads_per_core_limit: 2048',
     'cuda_compute_capability { major: 9 minor: 0 }',
     'device_description_str: "NVIDIA H100 80GB HBM3"',
   ):
@@ -309,31 +313,32 @@ def test_gpus_are_described_as_the_compiler_asks(monkeypatch):
 def test_a_step_that_jax_has_no_memory_for_says_how_to_have_more(measured):
   gpu = measured | {
     'topology': 'l4x1',
-    'hbm_capacity_bytes': 18e9,
+    'hbm_capacity_bytes': 24e9,
+    'usable_bytes': 18e9,
     'over_bytes': 2**31,
-    'workspace_bytes': None,
   }
   line = measure.remedy(gpu, recipe())
-  assert '2.00 GiB more than JAX takes of a GPU of l4x1 (16.8 GiB' in line
+  assert '2.00 GiB more than JAX takes of the memory' in line
+  assert 'a GPU of l4x1 has (22.4 GiB)' in line
   assert 'XLA_PYTHON_CLIENT_MEM_FRACTION is 0.75' in line
   assert '--config.micro_batches=2' in line
 
 
-@pytest.mark.parametrize('chip', chips.GPUS)
-def test_every_gpu_is_one_that_the_compiler_takes(chip):
+@pytest.mark.parametrize('name', [*(f'{g}x2' for g in chips.GPUS), 'h100x16'])
+def test_every_gpu_is_one_that_the_compiler_takes(name):
   code = """
 import sys, jax
 jax.config.update('jax_platforms', 'cpu')
 from skipinit_jax.ahead_of_time import chips, measure
-where = chips.topology(sys.argv[1] + 'x2')
+where = chips.topology(sys.argv[1])
 step = jax.pmap(
   lambda x: jax.lax.psum(x @ x, 'i'), 'i', devices=where.devices)
-x = jax.ShapeDtypeStruct((2, 512, 512), 'float32')
+x = jax.ShapeDtypeStruct((where.chips, 512, 512), 'float32')
 cost = measure.cost(step, (x,), where)
 import json; print(json.dumps([where.chips, where.hosts, cost]))
 """
-  chips_, hosts, cost = by_compiler('h100x2', code, chip)
-  assert (chips_, hosts) == (2, 1)
+  number, hosts, cost = by_compiler(name, code, name)
+  assert (number, hosts) == ((16, 2) if name == 'h100x16' else (2, 1))
   assert cost['flops'] == 2 * 512**3
   assert cost['fits']
   assert cost['collective_bytes'] == 4 * 512**2

@@ -201,6 +201,26 @@ def test_tables_of_the_docs_are_those_of_the_files(file, table):
   assert table(report) in (ROOT / 'docs' / page).read_text()
 
 
+def test_steps_need_no_more_than_they_did():
+  """The bars that the programs for an H100 and a v5e were brought under."""
+  gpu, tpu = (
+    json.loads((ROOT / 'docs' / f'{name}.json').read_text())['rows']
+    for name in ('gpu_cost', 'tpu_cost')
+  )
+  memory = {
+    name: row['activation_bytes'] / gpu['example']['activation_bytes']
+    for name, row in gpu.items()
+  }
+  assert memory['skipinit'] <= 0.51
+  assert memory['micro4'] <= 0.16
+  for name, gigabytes, gibibytes in (
+    ('skipinit', 17.53, 2.49),
+    ('micro4', 10.35, 0.84),
+  ):
+    assert round(tpu[name]['hbm_bytes'] / 1e9, 2) <= gigabytes
+    assert round(tpu[name]['activation_bytes'] / 2**30, 2) <= gibibytes
+
+
 def test_growth_is_drawn_from_what_was_measured(tmp_path):
   report = json.loads((ROOT / 'docs' / 'growth.json').read_text())
   growth.draw(report, tmp_path / 'growth.png')
@@ -208,43 +228,54 @@ def test_growth_is_drawn_from_what_was_measured(tmp_path):
   assert (ROOT / 'docs' / 'growth.png').stat().st_size < 200_000
 
 
-def test_rounds_end_in_time_and_nothing_measured_is_lost(monkeypatch):
-  clock, kept = [0.0], []
+def test_rounds_end_in_time_and_count_whole(monkeypatch):
+  clock = [0.0]
 
-  def measured(name, case, seconds, cache):
+  def measured(name, case):
     clock[0] += 10
-    if name == 'torch':
-      return {'error': 'CUDA out of memory'}
-    return {'images_per_second': clock[0]}
+    if name == 'torch' or clock[0] > ends + 10:
+      return {'error': 'the time was up'}
+    found = {'images_per_second': clock[0], 'host_seconds': 1e-3}
+    return found | {'peak_bytes': 5}
 
-  monkeypatch.setattr(on_gpu.throughput, 'measure', measured)
   monkeypatch.setattr(on_gpu.time, 'monotonic', lambda: clock[0])
+  cases = {'resnet50:8': ['example', 'torch'], 'wrn16-4:8': ['batchnorm']}
 
-  def rounds(ends):
-    clock[0] = 0
-    kept.clear()
-    cases = {'resnet50:8': ['example', 'torch'], 'wrn16-4:8': ['skipinit']}
-    on_gpu.speed(cases, 1, '', ends, lambda found: kept.append(dict(found)))
-    return {
-      f'{case} {name}': len(runs)
-      for case, names in kept[-1].items()
-      for name, runs in names.items()
-    }
+  def after(rounds):
+    clock[0], results = 0.0, {}
+    for _ in range(rounds):
+      on_gpu.speed(cases, results, measured, ends)
+    return results
 
-  assert rounds(0) == {'resnet50:8 example': 1}
-  assert rounds(15) == {'resnet50:8 example': 1, 'resnet50:8 torch': 1}
-  # 30 s for the first round, 20 for each of the others.
-  assert rounds(59) == {
-    'resnet50:8 example': 1,
-    'resnet50:8 torch': 1,
-    'wrn16-4:8 skipinit': 1,
+  ends = -1
+  cut = after(1)
+  assert list(cut) == ['resnet50:8']
+  assert list(cut['resnet50:8']) == ['example']
+  ends = 100
+  results = after(3)
+  lengths = {
+    name: len(runs) for case in results.values() for name, runs in case.items()
   }
-  assert rounds(80) == {
-    'resnet50:8 example': 3,
-    'resnet50:8 torch': 1,
-    'wrn16-4:8 skipinit': 3,
-  }
-  assert clock[0] == 70
+  assert lengths == {'example': 3, 'torch': 1, 'batchnorm': 3}
+  # Compiling has taken the memory of the first.
+  runs = results['resnet50:8']['example']
+  assert [run['peak_bytes'] for run in runs] == [None, 5, 5]
+  assert 'did not run: the time was up' in on_gpu.tables({'speed': results})
+  ends = 25  # The second round ends at 50, too late.
+  assert [len(r) for c in after(2).values() for r in c.values()] == [1, 1, 1]
+
+
+def test_the_line_that_says_why_a_process_ended():
+  trace = """Traceback (most recent call last):
+    ...
+jax.errors.JaxRuntimeError: INTERNAL: it broke
+--------------------
+For simplicity, JAX has removed its internal frames from the traceback.
+"""
+  assert throughput.complaint(trace).endswith('INTERNAL: it broke')
+  oom = trace.replace('INTERNAL: it broke', 'RESOURCE_EXHAUSTED: 9 GiB') + 'x\n'
+  assert throughput.complaint(oom).endswith('RESOURCE_EXHAUSTED: 9 GiB')
+  assert throughput.complaint('\n') == 'no output'
 
 
 def test_tables_of_a_gpu_say_what_did_not_run():

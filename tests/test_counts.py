@@ -215,6 +215,10 @@ def test_a_conditional_counts_its_larger_branch_once():
     'true_computation=%small, false_computation=%large',
   ):
     assert hbm(lines.replace('KEYS', keys), branches) == 2 * 4096 + 32
+    # A sort in the branch that reads less counts too.
+    sorts = branches.replace('negate(%p)', 'sort(%p), to_apply=%less')
+    counted = count(sorts + entry(lines.replace('KEYS', keys)))
+    assert (counted.sorts, counted.hbm_bytes) == (1, 2 * 4096 + 32)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ print(json.dumps({
   'sorts': counts.sorts,
   'launches': counts.launches,
   'scatters': text.count(' scatter('),
+  'loops': text.count(' while('),
   'flops': counts.flops,
 }))
 """
@@ -163,4 +164,43 @@ def test_no_step_scatters_or_loops_over_places(deterministic):
   """XLA expands scatters into loops where sums must have a fixed order."""
   flag = f'xla_gpu_deterministic_ops={deterministic}'
   counts = compiled('h100x1', 'imagenet', RECIPES['imagenet'], flag)
-  assert counts['scatters'] == 0
+  assert (counts['scatters'], counts['loops']) == (0, 0)
+
+
+CONVOLUTION = """
+import dataclasses, json, sys
+import jax, jax.numpy as jnp
+jax.config.update('jax_platforms', 'cpu')
+from skipinit_jax.ahead_of_time import chips
+from skipinit_jax.ahead_of_time.counts import count
+
+def convolve(x, kernel):
+  return jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+def gradients(x, kernel, g):
+  return jax.vjp(convolve, x, kernel)[1](g)
+
+(device,) = chips.topology('h100x1').devices
+x, kernel, y = (jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16) for shape in (
+  (32, 28, 28, 128), (3, 3, 128, 256), (32, 28, 28, 256)))
+found = {}
+for f, args in ((convolve, (x, kernel)), (gradients, (x, kernel, y))):
+  text = jax.pmap(f, devices=[device]).lower(*args).compile().as_text()
+  found[f.__name__] = dataclasses.asdict(count(text)) | {
+    'calls': text.count('custom_call_target="__cudnn$conv')}
+print(json.dumps(found))
+"""
+
+
+def test_a_convolution_by_cudnn_has_the_products_that_it_has():
+  found = by_compiler('h100x1', CONVOLUTION)
+  # A side of 28 with 3 taps, of which one is padding at either end.
+  flops = 2 * 32 * 128 * 256 * (3 * 28 - 2) ** 2
+  assert found['convolve']['calls'] == 1
+  assert found['convolve']['flops'] == flops
+  assert found['gradients']['calls'] == 2
+  assert found['gradients']['flops'] == 2 * flops
+  # At least: the images, the kernels and the outputs, once.
+  least = 2 * (32 * 28 * 28 * (128 + 256) + 9 * 128 * 256)
+  assert found['convolve']['hbm_bytes'] >= least

@@ -351,3 +351,30 @@ def test_the_transformers_table_is_that_of_its_file():
   printed = cells_of((ROOT / 'docs' / 'measurements.md').read_text())
   assert len(cells_of(table)) >= 4
   assert cells_of(table) - {('---',) * 5} <= printed
+
+
+def test_the_headline_is_what_the_study_found():
+  results = json.loads((ROOT / 'docs' / 'depth.json').read_text())
+  grid = find_study('depth', 'digits')[1]
+  cells = {(c['row'], c['method']): c for c in results['cells']}
+  assert cells.keys() == {
+    (r, c) for r in grid.rows.values for c in grid.columns
+  }
+
+  def text(cell):
+    test = cell['test']
+    if test is None:
+      return '…'
+    if not cell['trains']:
+      return '–'  # noqa: RUF001
+    half = test['error'] if test['interval'] is None else test['interval']
+    return f'{100 * test["top1"]:.1f} ± {100 * half:.1f}'
+
+  readme = (ROOT / 'README.md').read_text()
+  for row in grid.rows.values:
+    line = [row, *(text(cells[row, column]) for column in grid.columns)]
+    assert f'| {" | ".join(line)} |\n' in readme
+    # Nothing fails that was not tried at small rates too.
+    for column in grid.columns:
+      if cells[row, column]['trains'] is False:
+        assert min(cells[row, column]['tried']) <= -10

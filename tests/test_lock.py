@@ -67,7 +67,9 @@ def test_a_second_run_says_who_holds_the_workdir_and_touches_nothing(tmp_path):
     assert f'{workdir} is held by process {first.pid} on {host} since 2' in line
     assert (workdir / 'config.json').stat() == config
     # Looking at it is no second run.
-    wait_for(lambda: saved_steps(workdir), first, timeout=600)
+    wait_for(
+      lambda: max(saved_steps(workdir), default=0) >= 100, first, timeout=600
+    )
     status, out, err = finish(start(workdir, *ENDLESS, '--eval-only'))
     assert status == 0, err
     assert json.loads(out)['step'] >= 100

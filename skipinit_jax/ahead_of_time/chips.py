@@ -120,33 +120,48 @@ CAPABILITIES = {
   (9, 0): (228, 2048, 128),
   (10, 0): (228, 2048, 128),
 }
-# Rates, bandwidths and memory: NVIDIA's data sheets of the A100, L4, L40S, H100
-# and H200 (SXM where there are several) and of the HGX B200; a rate that they
-# give "with sparsity" is halved. Multiprocessors, caches and clocks: NVIDIA's
-# white papers of the architectures.
+# Rates: NVIDIA's data sheets (SXM where there are several; of the HGX B200),
+# those "with sparsity" halved. The rest: what drivers report, as in XLA's own
+# descriptions (xla/backends/gpu/target_config/specs): more memory than the name
+# says. XLA has no L4 and L40S: NVIDIA's data sheets and white paper.
 GPUS = {
   'a100-40gb': Gpu(
-    312e12, 1555e9, 40e9, (8, 0), 108, 40 << 20, 1.41, 'NVIDIA A100-SXM4-40GB'
+    312e12,
+    1555e9,
+    42.33e9,
+    (8, 0),
+    108,
+    40 << 20,
+    1.41,
+    'NVIDIA A100-SXM4-40GB',
   ),
   'a100': Gpu(
-    312e12, 2039e9, 80e9, (8, 0), 108, 40 << 20, 1.41, 'NVIDIA A100-SXM4-80GB'
+    312e12, 2039e9, 85.1e9, (8, 0), 108, 40 << 20, 1.41, 'NVIDIA A100-SXM4-80GB'
   ),
   'l4': Gpu(121e12, 300e9, 24e9, (8, 9), 58, 48 << 20, 2.04, 'NVIDIA L4'),
   'l40s': Gpu(362e12, 864e9, 48e9, (8, 9), 142, 96 << 20, 2.52, 'NVIDIA L40S'),
   'h100': Gpu(
-    989e12, 3350e9, 80e9, (9, 0), 132, 50 << 20, 1.98, 'NVIDIA H100 80GB HBM3'
+    989e12,
+    3352e9,
+    84.94e9,
+    (9, 0),
+    132,
+    50 << 20,
+    1.98,
+    'NVIDIA H100 80GB HBM3',
   ),
   'h200': Gpu(
-    989e12, 4800e9, 141e9, (9, 0), 132, 50 << 20, 1.98, 'NVIDIA H200'
+    989e12, 4800e9, 151.4e9, (9, 0), 132, 50 << 20, 1.98, 'NVIDIA H200'
   ),
   'b200': Gpu(
-    2250e12, 7700e9, 180e9, (10, 0), 148, 126 << 20, 1.965, 'NVIDIA B200'
+    2250e12, 7672e9, 191.5e9, (10, 0), 148, 132_644_864, 1.965, 'NVIDIA B200'
   ),
 }
 CHIPS = TPUS | GPUS
 PER_HOST = 8  # GPUs of one host, at most.
 PREALLOCATED = 0.75  # Share of a GPU's memory that JAX takes, by its docs.
 CUDA_PACKAGES = ('jax-cuda13-pjrt', 'jax-cuda12-pjrt')  # The compiler.
+COMPILERS = ('libtpu', *CUDA_PACKAGES)
 INSTALL_TPU = 'pip install libtpu'
 INSTALL_GPU = "pip install 'jax[cuda13]' (or 'jax[cuda12]'); no GPU is needed"
 # Read when libtpu is loaded. Other processes may have it loaded too, and there
@@ -205,7 +220,7 @@ def platform_of(name: str) -> str:
 
 def _kind_and_count(name: str) -> tuple[str, str]:
   """The chip, and for a GPU how many, in the words of the name."""
-  found = re.fullmatch(r'(.+?)(?:x(\d+)|:.*)?', name, re.DOTALL)
+  found = re.fullmatch(r'(.+?)(?:x(\d{1,6})|:.*)?', name, re.DOTALL)
   return (found[1], found[2] or '1') if found else (name, '1')
 
 
@@ -268,6 +283,17 @@ def _check_cuda() -> None:
         f'{package} {version} does not go with jaxlib {jaxlib}: expected '
         f'{package} {jaxlib}'
       )
+
+
+def compilers() -> dict[str, str]:
+  """The versions of the compilers that are installed."""
+  installed = importlib.metadata.packages_distributions()
+  there = {name for names in installed.values() for name in names}
+  return {
+    name: importlib.metadata.version(name)
+    for name in COMPILERS
+    if name in there
+  }
 
 
 def _devices(platform: str, name: str, **options: str) -> tuple[Any, ...]:

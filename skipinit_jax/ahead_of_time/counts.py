@@ -7,8 +7,8 @@ stay on the chip, and the body of a loop once. The rules here:
   fusion keeps to itself never leaves the chip.
 - A buffer whose layout names a memory space, S(1), is on the chip (or on the
   host) and not counted.
-- The body and condition of a loop count as often as it runs, the larger branch
-  of a conditional once.
+- The body and condition of a loop count as often as it runs; of a conditional
+  the most that any branch does, count by count.
 - Where an operand is only sliced or gathered from, in fusions within fusions
   too, the bytes taken count, not the whole. A dynamic-update-slice, alone or as
   the result of a fusion, writes its update in place: where it can't, the
@@ -26,6 +26,7 @@ stay on the chip, and the body of a loop once. The rules here:
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import re
@@ -98,6 +99,11 @@ class Counts:
     ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
     return Counts(*map(operator.add, ours, theirs))
 
+  def larger(self, other: 'Counts') -> 'Counts':
+    """The larger of each count."""
+    ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+    return Counts(*map(max, ours, theirs))
+
   def times(self, factor: float) -> 'Counts':
     """All counts, multiplied."""
     return Counts(*(factor * value for value in dataclasses.astuple(self)))
@@ -149,7 +155,7 @@ def _count(computation: Computation) -> Counts:
       continue
     inside = [_count(called) for called in op.called.values()]
     if op.opcode == 'conditional':
-      total += max(inside, key=lambda counts: counts.hbm_bytes)
+      total += functools.reduce(Counts.larger, inside)
     else:
       runs = trip_count(op) if op.opcode == 'while' else 1
       total += sum(inside, Counts()).times(runs)

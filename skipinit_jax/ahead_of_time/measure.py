@@ -63,7 +63,8 @@ def measure(
     Per chip and step in SI units, unless the name says otherwise:
     batch_per_chip, micro_batches, parameter_bytes, optimizer_bytes, the fields
     of `cost`, images_per_second_bound (the smaller of what the chip can compute
-    and what its memory can carry), and as `evaluation` the fields of `cost` for
+    and what its memory can carry; a GPU can be faster where its L2 cache holds
+    what a kernel reads), and as `evaluation` the fields of `cost` for
     the evaluation step. Where the step does not fit, what only a compiled
     program can tell is None.
 
@@ -138,10 +139,12 @@ def cost(step: Callable, args: tuple, where: Slice) -> dict[str, Any]:
     hbm_bytes (see `counts`), bytes_accessed (the compiler's own; None for
     GPUs), activation_bytes (its temporary memory), peak_bytes,
     hbm_capacity_bytes, fits, over_bytes (by how much it does not fit),
-    compute_seconds, memory_seconds, collectives and collective_bytes (handed to
-    them), sorts, and for GPUs launches and workspace_bytes: None, since cuDNN
-    chooses it on a GPU, so that the memory is a lower bound. Where the step
-    does not fit a TPU, the figures that need a compiled program are None.
+    compute_seconds (at the peak rate in bfloat16), memory_seconds, collectives
+    and collective_bytes (handed to them), sorts, and for GPUs launches,
+    usable_bytes (what JAX takes of the memory unless told otherwise) and
+    workspace_bytes: None, since cuDNN chooses it on a GPU, so that the memory
+    is a lower bound. Where the step does not fit a TPU, the figures that need a
+    compiled program are None.
   """
   cores, chip = where.cores, where.chip
   start = time.perf_counter()
@@ -182,7 +185,7 @@ def cost(step: Callable, args: tuple, where: Slice) -> dict[str, Any]:
     )
     result |= {
       'peak_bytes': peak,
-      'hbm_capacity_bytes': chip.usable,
+      'usable_bytes': chip.usable,
       'fits': peak <= chip.usable,
       'over_bytes': max(peak - chip.usable, 0.0),
       'launches': counts.launches,
@@ -244,12 +247,12 @@ def find_micro_batches(
 
 def remedy(result: dict[str, Any], config: ConfigDict) -> str:
   """One line for a step that does not fit."""
-  capacity = f'{result["hbm_capacity_bytes"] / GIB:.1f} GiB'
-  there = f'a chip of {result["topology"]} has ({capacity})'
-  if 'workspace_bytes' in result:
+  has = f'has ({result["hbm_capacity_bytes"] / GIB:.1f} GiB)'
+  there = f'a chip of {result["topology"]} {has}'
+  if 'usable_bytes' in result:
     there = (
-      f'JAX takes of a GPU of {result["topology"]} ({capacity}; '
-      f'XLA_PYTHON_CLIENT_MEM_FRACTION is {PREALLOCATED} unless set)'
+      f'JAX takes of the memory that a GPU of {result["topology"]} {has}: '
+      f'XLA_PYTHON_CLIENT_MEM_FRACTION is {PREALLOCATED} unless set'
     )
   return (
     f'does not fit: {result["over_bytes"] / GIB:.2f} GiB more than {there}; '

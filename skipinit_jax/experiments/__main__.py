@@ -3,7 +3,7 @@
 python -m skipinit_jax.experiments list
 python -m skipinit_jax.experiments run depth --dataset=digits
 python -m skipinit_jax.experiments report depth --dataset=digits
-python -m skipinit_jax.experiments report runs/depth-digits runs/another
+python -m skipinit_jax.experiments report depth runs/another
 python -m skipinit_jax.experiments status depth --dataset=digits
 
 Fields of the recipe come last, as in --config.epochs=2; the same command

@@ -37,13 +37,12 @@ def cost(grid: Grid) -> dict[str, float]:
   for run in {run.id: run for run in runs}.values():  # Cells may share theirs.
     tuning, tests = seeds_of(grid, run.cell.row)
     each = len(grid.rates) * tuning + tests
-    total, widened = total + each, widened + each + more * tuning
-    a, b, c = _run_cost(run)
-    images, flops, seconds = (
-      images + each * a,
-      flops + each * b,
-      seconds + each * c,
-    )
+    one = _run_cost(run)
+    total += each
+    widened += each + more * tuning
+    images += each * one[0]
+    flops += each * one[1]
+    seconds += each * one[2]
   return {
     'runs': total,
     'widened': widened,

@@ -84,7 +84,9 @@ def _accuracy(
   if not done:
     return
   fails = not all(s.trains for s in done.values())
-  trained = [s.result.top1 for s in done.values() if s.result and s.trains]
+  trained = [
+    s.result.top1 - s.result.bar for s in done.values() if s.result and s.trains
+  ]
   # Beside points at chance, differences among the others would not show.
   enlarge = fails and bool(trained) and min(trained) > ENLARGED
   figure, panels = drawing.new_figure(grid, 2 if enlarge else 1)
@@ -133,8 +135,10 @@ def _accuracy_point(grid: Grid, summary: Summary, chance: float) -> Point:
   x = drawing.row_position(grid, summary.cell)
   if result.diverged == result.runs:
     return Point(x, 100 * chance, good=False)
-  bar = 100 * result.bar
-  return Point(x, 100 * result.top1, bar, bar, bool(summary.trains))
+  bar, y = 100 * result.bar, 100 * result.top1
+  # An interval for a mean of seeds, some of which fail, may pass both ends.
+  low, high = min(bar, y), min(bar, 100 - y)
+  return Point(x, y, low, high, bool(summary.trains))
 
 
 def _held_out(

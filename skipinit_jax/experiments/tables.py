@@ -169,8 +169,9 @@ def _less(ours: Summary, theirs: Summary) -> Entry:
 def difference(mean: float, half: float) -> str:
   """In points, with a word where the interval excludes zero.
 
-  >>> difference(-0.02, 0.01)
-  '\u22122.0 ± 1.0\nbehind'
+  >>> print(difference(-0.02, 0.01))
+  \u22122.0 ± 1.0
+  behind
   """
   text = f'{_signed(100 * mean)} ± {100 * half:.1f}'
   if abs(mean) <= half:
