@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.files import dumps
-from skipinit_jax.training.changes import FREE
+from skipinit_jax.training.changes import ADDED, FREE
 from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.variants import VARIANTS
 
@@ -63,10 +63,16 @@ class Run:
 
   @functools.cached_property
   def id(self) -> str:
-    """Twelve hexadecimal digits of all fields that change the numbers."""
-    fields = flatten_dict(self.config.to_dict(), sep='.')
-    for name in FREE:
-      fields.pop(name, None)
+    """Twelve hexadecimal digits of all fields that change the numbers.
+
+    Fields that came later count only where they are not as before, so that a
+    study of before goes on.
+    """
+    fields = {
+      name: value
+      for name, value in flatten_dict(self.config.to_dict(), sep='.').items()
+      if name not in FREE and (name, value) not in ADDED.items()
+    }
     text = dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -10,14 +10,13 @@ test split exactly once.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from skipinit_jax import published
 from skipinit_jax.errors import InputError, unknown
 from skipinit_jax.published import Accuracy
-from skipinit_jax.variants import VARIANTS, Fields
+from skipinit_jax.variants import CLIPPED, VARIANTS, Fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +151,7 @@ DIGITS = {
 }
 CIFAR = {'model.width': 2, 'eval_every_epochs': 10.0, 'watch_every_steps': 500}
 ONE_EPOCH = {**train_for(1.0), 'schedule.name': 'constant'}
-OURS = 'On the digits everything but the method is our choice:'
+OURS = 'Everything but the method is our choice:'
 CIFAR_CHOICES = (
   'Our choices: batches of 128, ghost batches of 64, L2 on kernels only, rates '
   'chosen on 5,000 held out training images.'
@@ -161,14 +160,26 @@ FIXUP_RATE = (
   "Fixup has one rate for all parameters, as in the later code of the paper's "
   'group.'
 )
-on_digits = functools.partial(
-  Grid,
-  recipe='digits',
-  fields=DIGITS,
-  validation=240,
-  choices=f'{OURS} n-1 Wide-ResNets, batch 32, 8 epochs with a cosine, shifts '
-  'of a pixel.',
-)
+SMALL = {'digits': 240, 'mnist5k': 800}  # Images held out.
+
+
+def on_small(
+  fields: Fields = DIGITS,
+  choices: str = 'n-1 Wide-ResNets, 8 epochs with a cosine, the batch and '
+  'shifts of the recipe.',
+  **grid: Any,
+) -> dict[str, Grid]:
+  """A grid for the digits, and the same for MNIST; `grid` as in Grid."""
+  return {
+    name: Grid(
+      recipe=name,
+      fields=fields,
+      choices=f'{OURS} {choices}',
+      validation=held_out,
+      **grid,
+    )
+    for name, held_out in SMALL.items()
+  }
 
 
 def on_cifar(
@@ -197,7 +208,7 @@ DEPTH = Study(
   question='Do deep residual networks train with batch normalization or the '
   'scalar, and not without?',
   grids={
-    'digits': on_digits(
+    **on_small(
       fields=DIGITS | train_for(12.0),
       rows=Axis(
         'depth',
@@ -213,8 +224,8 @@ DEPTH = Study(
       tuning_seeds=3,
       fewer={'100': (1, 5), '1000': (1, 1)},
       best=5,
-      choices=f'{OURS} n-1 Wide-ResNets, batch 32, a cosine, shifts of a '
-      'pixel; 12 epochs, at depth 1000 only 6.',
+      choices='n-1 Wide-ResNets, 12 epochs with a cosine, at depth 1000 only '
+      '6; the batch and shifts of the recipe.',
     ),
     **on_cifar(
       rows=depths(16, 100, 1000),
@@ -234,7 +245,7 @@ ABLATIONS = Study(
   title='What the scalar must be',
   question='Does the scalar have to start small, and does L2 make it train?',
   grids={
-    'digits': on_digits(
+    **on_small(
       rows=depths(16, 100),
       columns=ABLATION_COLUMNS,
       rates=(-6, -4, -3, -2),
@@ -259,9 +270,7 @@ FIXUP_PARTS = Study(
   title="Fixup's parts, each alone",
   question="Which of Fixup's parts make deep networks train?",
   grids={
-    'digits': on_digits(
-      rows=depths(16, 100), columns=PARTS, rates=(-8, -6, -4, -3)
-    ),
+    **on_small(rows=depths(16, 100), columns=PARTS, rates=(-8, -6, -4, -3)),
     **on_cifar(
       rows=depths(16, 100, 1000),
       columns=PARTS,
@@ -280,14 +289,14 @@ BATCH_SIZE = Study(
   title='Accuracy, loss and rates against the batch',
   question='Does batch normalization reach larger batches and rates?',
   grids={
-    'digits': on_digits(
+    **on_small(
       fields=DIGITS | {'model.depth': 16},
       panels=budgets(epochs=8.0, batch=64),
       rows=batches(8, 64, 512),
       columns=BATCH_COLUMNS,
       rates=(-8, -6, -4, -2, 0),
-      choices=f'{OURS} the 16-1 network, 8 epochs or as many steps as 8 epochs '
-      'of batch 64, a cosine.',
+      choices='the 16-1 network, 8 epochs or as many steps as 8 epochs of '
+      'batch 64, a cosine.',
     ),
     **on_cifar(
       fields=CIFAR | {'model.depth': 16, 'model.width': 4},
@@ -305,6 +314,57 @@ BATCH_SIZE = Study(
   rates_curve=True,
 )
 
+REMEDIES: Mapping[str, Fields] = {
+  'clipped': CLIPPED,
+  'clipped but for alpha': {**CLIPPED, 'optimizer.clip_alpha': False},
+  'LARS': {'optimizer.name': 'lars'},
+  'Muon': {'optimizer.name': 'muon'},
+}
+
+
+def with_remedies(panels: Axis) -> Axis:
+  """Each panel, followed by itself with each of REMEDIES: 'panel, remedy'."""
+  values: dict[str, Fields] = {}
+  for panel, fields in panels.values.items():
+    values[panel] = fields
+    for remedy, more in REMEDIES.items():
+      values[f'{panel}, {remedy}'] = {**fields, **more}
+  return Axis(panels.name, values)
+
+
+LARGE_BATCHES = {'digits': (32, 256, 1152), 'mnist5k': (32, 256, 1024, 3200)}
+LARGE_BATCH = Study(
+  name='large_batch',
+  title='What repairs large batches',
+  question='Without batch normalization accuracy falls as the batch grows: '
+  'what regains how much of it?',
+  grids={
+    name: on_small(
+      fields=DIGITS | {'model.depth': 16},
+      panels=with_remedies(budgets(epochs=16.0, batch=256)),
+      rows=batches(*sizes),
+      columns=(
+        'batchnorm',
+        'batchnorm_whole',
+        'skipinit',
+        'imagenet:regularized_skipinit',
+        'fixup',
+        'nf',
+      ),
+      rates=(-6, -4, -2),
+      widest=(-14, 6),
+      seeds=3,
+      tuning_seeds=1,
+      best=3,
+      choices='the 16-1 network, 16 epochs or as many steps as 16 epochs of '
+      'batch 256, a cosine. Adaptive clipping at 0.01 times 4096 / batch; LARS '
+      "with the rate as a kernel's relative step; Muon with decoupled decay.",
+    )[name]
+    for name, sizes in LARGE_BATCHES.items()
+  },
+  rates_curve=True,
+)
+
 IMAGENET_ROWS = (*(n for n in VARIANTS if n.startswith('imagenet:')), 'clipped')
 IMAGENET = Study(
   name='imagenet',
@@ -312,13 +372,13 @@ IMAGENET = Study(
   question='What do large batches cost without batch normalization, and what '
   'do Dropout and biases give back?',
   grids={
-    'digits': on_digits(
+    **on_small(
       fields=DIGITS | {'model.depth': 40, 'optimizer.reference_batch': 32},
       rows=batches(32, 128, 512),
       columns=IMAGENET_ROWS,
       rates=(-5, -4, -3),
-      choices=f'{OURS} the 40-1 network, 8 epochs, a cosine, a rate that grows '
-      f'with the batch. {FIXUP_RATE}',
+      choices='the 40-1 network, 8 epochs, a cosine, a rate that grows with '
+      f'the batch. {FIXUP_RATE}',
     ),
     'imagenet2012': Grid(
       recipe='imagenet',
@@ -345,12 +405,12 @@ FIRST_EPOCH = Study(
   title='Accuracy after one epoch',
   question='Does the depth slow the first epoch down?',
   grids={
-    'digits': on_digits(
+    **on_small(
       fields=DIGITS | ONE_EPOCH | {'batch_size': 8},
       rows=depths(10, 40, 100),
       columns=FIRST_COLUMNS,
       rates=(-7, -5, -4, -3),
-      choices=f'{OURS} n-1 Wide-ResNets, batch 8, a constant rate.',
+      choices='n-1 Wide-ResNets, batch 8, a constant rate.',
     ),
     **on_cifar(
       fields=CIFAR | ONE_EPOCH,
@@ -369,7 +429,15 @@ FIRST_EPOCH = Study(
 
 STUDIES = {
   s.name: s
-  for s in (DEPTH, ABLATIONS, FIXUP_PARTS, BATCH_SIZE, IMAGENET, FIRST_EPOCH)
+  for s in (
+    DEPTH,
+    ABLATIONS,
+    FIXUP_PARTS,
+    BATCH_SIZE,
+    LARGE_BATCH,
+    IMAGENET,
+    FIRST_EPOCH,
+  )
 }
 
 

@@ -64,6 +64,7 @@ def make_tables(findings: Findings) -> Iterator[Table]:
   """The study's tables, in the order of the report."""
   study = findings.study
   comparable = findings.dataset == study.published_for
+  yield from _regained(findings)
   for panel in findings.grid.panels.values:
     yield _accuracies(findings, panel)
     yield from _differences(findings, panel)
@@ -154,6 +155,37 @@ def _differences(findings: Findings, panel: str) -> Iterator[Table]:
     rows,
     [PAIRED],
   )
+
+
+def _regained(findings: Findings) -> Iterator[Table]:
+  """What the last row costs, and what the panels 'panel, remedy' regain."""
+  grid, summaries = findings.grid, findings.summaries
+  names = list(grid.rows.values)
+  first, last = names[0], names[-1]
+  for panel in grid.panels.values:
+    remedies = {
+      name.removeprefix(f'{panel}, '): name
+      for name in grid.panels.values
+      if name.startswith(f'{panel}, ')
+    }
+    rows = []
+    for column in grid.columns if remedies else ():
+      small, large = (summaries[Cell(panel, r, column)] for r in (first, last))
+      remedied = [summaries[Cell(p, last, column)] for p in remedies.values()]
+      entries = [_less(large, small), *(_less(s, large) for s in remedied)]
+      rows.append([Entry(VARIANTS[column].label), *entries])
+    if rows:
+      name = grid.rows.name
+      yield Table(
+        _title(panel, f'What {name} {last} costs and what regains it'),
+        [
+          ('method', ()),
+          (f'{name} {last} less {name} {first}', ()),
+          *((f'{remedy}, less without', ()) for remedy in remedies),
+        ],
+        rows,
+        [f'In points of test accuracy. {PAIRED}'],
+      )
 
 
 def _less(ours: Summary, theirs: Summary) -> Entry:
