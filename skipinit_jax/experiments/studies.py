@@ -170,6 +170,7 @@ def on_small(
   **grid: Any,
 ) -> dict[str, Grid]:
   """A grid for the digits, and the same for MNIST; `grid` as in Grid."""
+  grid = {'widest': (-16, 4), 'seeds': 3, 'tuning_seeds': 1, 'best': 3} | grid
   return {
     name: Grid(
       recipe=name,
@@ -249,8 +250,6 @@ ABLATIONS = Study(
       rows=depths(16, 100),
       columns=ABLATION_COLUMNS,
       rates=(-6, -4, -3, -2),
-      seeds=2,
-      best=2,
     ),
     **on_cifar(
       rows=depths(16, 100, 1000),
@@ -352,10 +351,6 @@ LARGE_BATCH = Study(
         'nf',
       ),
       rates=(-6, -4, -2),
-      widest=(-14, 6),
-      seeds=3,
-      tuning_seeds=1,
-      best=3,
       choices='the 16-1 network, 16 epochs or as many steps as 16 epochs of '
       'batch 256, a cosine. Adaptive clipping at 0.01 times 4096 / batch; LARS '
       "with the rate as a kernel's relative step; Muon with decoupled decay.",
