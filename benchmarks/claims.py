@@ -406,6 +406,11 @@ def counts(verdicts: list[str]) -> str:
   return f'{len(verdicts)} claims: {", ".join(parts)}'
 
 
+def summary() -> str:
+  """The counts, which README shows."""
+  return counts([judge(claim)[1] for claim in CLAIMS])
+
+
 def page() -> str:
   """docs/claims.md."""
   judged = [judge(claim) for claim in CLAIMS]
@@ -416,7 +421,7 @@ def page() -> str:
     rows.append([claim.text, claim.source, rule, study + text, f'**{word}**'])
   return f"""# What the papers claim, and what came of it here
 
-{counts([word for _, word in judged])}.
+{summary()}.
 
 Made by `python -m benchmarks.claims` from the studies on scikit-learn's digits
 ([how a rate is chosen](studies.md)): 8x8 images and networks one wide, so that

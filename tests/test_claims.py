@@ -119,3 +119,5 @@ def test_what_is_kept_has_no_single_runs(tmp_path, monkeypatch):
 
 def test_the_page_is_made_from_what_was_kept():
   assert (claims.DOCS / 'claims.md').read_text() == claims.page()
+  readme = (claims.DOCS.parent / 'README.md').read_text()
+  assert f'({claims.summary()})' in readme
