@@ -61,6 +61,7 @@ class Mean:
     loss, train_loss: means over the same seeds; None if any is not finite.
     diverged: number of all seeds that diverged.
     seeds: the accuracy of each seed, in order; 0 where it diverged.
+    losses: the loss of each seed, in order; None where it is not finite.
     interval: half of a 95 % interval for the mean over seeds, if all enter and
       there are several; else None.
   """
@@ -71,6 +72,7 @@ class Mean:
   train_loss: float | None
   diverged: int
   seeds: tuple[float, ...]
+  losses: tuple[float | None, ...] = ()
   interval: float | None = None
 
   @property
@@ -166,6 +168,7 @@ def mean(outcomes: Iterable[Outcome], best: int) -> Mean:
     train_loss=_mean_or_none([o.train_loss for o in kept]),
     diverged=sum(o.status == 'diverged' for o in outcomes),
     seeds=tuple(o.top1 for o in outcomes),
+    losses=tuple(o.loss for o in outcomes),
     interval=half_interval([o.top1 for o in kept])
     if 1 < len(kept) == len(outcomes)
     else None,

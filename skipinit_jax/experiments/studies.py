@@ -83,6 +83,7 @@ class Study:
     source: the paper and table of those figures.
     published_for: the data set of those figures.
     rates_curve: whether the optimal rate is drawn along the rows.
+    law: whether a power law of it is fitted to the rows, which are depths.
   """
 
   name: str
@@ -95,6 +96,7 @@ class Study:
   source: str = ''
   published_for: str = 'cifar10'
   rates_curve: bool = False
+  law: bool = False
 
 
 def depths(*values: int) -> Axis:
@@ -422,6 +424,23 @@ FIRST_EPOCH = Study(
   source=published.FIRST_EPOCH_SOURCE,
 )
 
+RATE_LAW = Study(
+  name='rate_law',
+  title='The best rate against the depth',
+  question='How does the best learning rate fall with the depth, and with the '
+  'effective depth that is measured?',
+  grids=on_small(
+    rows=depths(16, 28, 52, 100),
+    columns=('batchnorm', 'fixup', 'skipinit_sqrt', 'skipinit'),
+    rates=(-7, -6, -5, -4, -3, -2),
+    tuning_seeds=3,
+    seeds=1,
+    best=1,
+  ),
+  rates_curve=True,
+  law=True,
+)
+
 STUDIES = {
   s.name: s
   for s in (
@@ -432,6 +451,7 @@ STUDIES = {
     LARGE_BATCH,
     IMAGENET,
     FIRST_EPOCH,
+    RATE_LAW,
   )
 }
 
