@@ -106,6 +106,12 @@ def parse_analysis(arguments):
   parse_fields(load_recipe(args.config), texts)
 
 
+def parse_data(arguments):
+  args, texts = data._parser().parse_with_fields(arguments)
+  if texts:
+    parse_fields(load_recipe(args.config), texts)
+
+
 def parse_export(arguments):
   got = []
 
@@ -128,7 +134,7 @@ PARSERS = {
     parse_training, ahead_of_time
   ),
   'skipinit_jax.experiments': parse_study,
-  'skipinit_jax.data': lambda arguments: data._parser().parse_args(arguments),
+  'skipinit_jax.data': parse_data,
   'skipinit_jax.analysis': parse_analysis,
   'skipinit_jax.export': parse_export,
 }
@@ -150,6 +156,11 @@ def test_commands_of_a_page_parse(page):
     ('skipinit_jax.training', ['--workdri=runs/mine'], '--workdri'),
     ('skipinit_jax.experiments', ['run', 'dept'], 'dept'),
     ('skipinit_jax.data', ['prepare', 'cifar10', '--dir=DATA'], '--data-dir'),
+    (
+      'skipinit_jax.data',
+      ['rate', '--data-dir=DATA', '--config.data.nam=folder'],
+      'data.nam',
+    ),
     ('skipinit_jax.analysis', ['path'], 'path'),
     ('skipinit_jax.export', ['--checkpoint=RUN', '--output=DIR'], '--out'),
   ],

@@ -50,7 +50,11 @@ def check(config: ConfigDict, platform: str) -> None:
 
 
 def measure(
-  config: ConfigDict, where: Slice, *, evaluation: bool = True
+  config: ConfigDict,
+  where: Slice,
+  *,
+  evaluation: bool = True,
+  data: Dataset | None = None,
 ) -> dict[str, Any]:
   """Compiles a recipe's training step for a slice, and counts.
 
@@ -58,6 +62,7 @@ def measure(
     config: a recipe; its batch_size is over all devices of the slice.
     where: what to compile for.
     evaluation: compile the evaluation step too.
+    data: its sizes are taken; None: a stand-in's.
 
   Returns:
     Per chip and step in SI units, unless the name says otherwise:
@@ -71,7 +76,7 @@ def measure(
   Raises:
     InputError: a recipe that can't be, or not on this slice.
   """
-  program, data, args = compute(config, where)
+  program, data, args = compute(config, where, data)
   state, _, host, _ = args
   n = len(where.devices)
   batch = config.batch_size // where.chips
@@ -100,7 +105,7 @@ def measure(
 
 
 def compute(
-  config: ConfigDict, where: Slice
+  config: ConfigDict, where: Slice, data: Dataset | None = None
 ) -> tuple[Program, Dataset, tuple[Any, ...]]:
   """What a recipe computes on a slice, and the arguments to lower it with.
 
@@ -113,7 +118,7 @@ def compute(
   """
   n = len(where.devices)
   check_config(config, n)
-  data = stand_in(config.data)
+  data = data or stand_in(config.data)
   program = make_program(config, data, where.devices)
   state = jax.eval_shape(program.initial_state, 0, 0.0)
   message = {name: _shape((n,), np.int32) for name in ('stop', 'replaced')}

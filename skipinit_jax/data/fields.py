@@ -120,5 +120,10 @@ def hold_out(config: ConfigDict, size: int) -> tuple[np.ndarray, np.ndarray]:
   """
   check_validation(config, size)
   count = config.validation
-  order = np.random.default_rng(0).permutation(size)
+  order = held_out(size)
   return order[count:], order[:count]
+
+
+def held_out(size: int) -> np.ndarray:
+  """All of `size` training images in the order in which they are held out."""
+  return np.random.default_rng(0).permutation(size)

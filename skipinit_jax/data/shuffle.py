@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+NAME = 'swap or not, 4 rounds a digit'  # Another order needs another name.
+
 
 def batch_indices(
   key: jax.Array, step: jax.Array, batch_size: int, num_examples: int

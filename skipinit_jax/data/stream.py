@@ -19,9 +19,9 @@ from skipinit_jax.data.loader import (
   Crops,
   RandomCrops,
   brief,
-  draw,
   iterate,
 )
+from skipinit_jax.data.order import streamed
 from skipinit_jax.data.reading import Unreadable
 from skipinit_jax.data.records import (
   Records,
@@ -127,14 +127,6 @@ class Stream:
       Images, uint8 (rows, size, size, 3); labels, int32 (rows,); and a line for
       each image that was replaced.
     """
-    dataset = (
-      require('grain')
-      .MapDataset.range(self.train_size)
-      .seed(config.seed)
-      .shuffle()
-      .repeat(None)
-      .random_map(draw)
-    )
     crops = RandomCrops(
       self.train,
       self.num_classes,
@@ -144,7 +136,8 @@ class Stream:
       flip=self.config.flip,
     )
     rows = config.batch_size // process_count
-    shares = _share(dataset, rows, process_index, process_count)
+    order = streamed(self.train_size, config.seed)
+    shares = _share(order, rows, process_index, process_count)
     shares = shares.slice(slice(start_step, None))
     for batch in self._load('train', shares, crops):
       yield (

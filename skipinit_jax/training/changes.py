@@ -200,6 +200,32 @@ def check_origin(
     )
 
 
+def check_order(
+  path: epath.Path,
+  saved: Mapping[str, Any],
+  ours: Mapping[str, str],
+  accept: bool,
+) -> None:
+  """Compares the order of images that a run was made in with the one here.
+
+  Args:
+    path: of the checkpoint.
+    saved: what was saved with it; `order` is missing in older ones.
+    ours: see `data.order.order_of`.
+    accept: go on in the order that is drawn here.
+
+  Raises:
+    InputError: it is another one.
+  """
+  theirs = saved.get('order', ours)
+  if theirs['digest'] != ours['digest'] and not accept:
+    raise InputError(
+      f'{path} is of a run in the order of images that {theirs["drawn_by"]} '
+      f'drew, but {ours["drawn_by"]} draws another here; install those '
+      'versions, or go on in the new order with --config.accept_changes=True'
+    )
+
+
 def _are_changes(value: Any) -> bool:
   """Whether `value` is what `differences` returns."""
   return isinstance(value, list) and all(

@@ -16,10 +16,15 @@ from flax import serialization
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
+from skipinit_jax.data.order import order_of
 from skipinit_jax.errors import InputError, RunError, of_system, reason
 from skipinit_jax.files import retry
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
-from skipinit_jax.training.changes import check_origin, run_fields
+from skipinit_jax.training.changes import (
+  check_order,
+  check_origin,
+  run_fields,
+)
 from skipinit_jax.training.devices import replicate
 from skipinit_jax.training.processes import wait_for_all
 from skipinit_jax.training.step import TrainState
@@ -120,6 +125,7 @@ class Checkpoints:
       'sha256': digest(tree),
       'step': step,
       'fields': run_fields(self._config),
+      'order': order_of(self._config.data),
     }
     with _errors_as(self._not_written()):
       saved = self._manager.save(
@@ -157,7 +163,8 @@ class Checkpoints:
     and, unless this is read-only, moved out of the way.
 
     Raises:
-      InputError: the newest was made by another run, or at another step.
+      InputError: the newest was made by another run, at another step, or in
+        another order of images.
       RunError: the newest is damaged and there is none before it, or it may not
         be passed over; or it can't be read for now.
     """
@@ -186,7 +193,8 @@ class Checkpoints:
     """The state saved at `step`; see `restore_latest`.
 
     Raises:
-      InputError: it was made by another run or network, or at another step.
+      InputError: it was made by another run or network, at another step, or in
+        another order of images.
       Damaged: it can be read, but not as it was written.
       RunError: it can't be read for now.
     """
@@ -206,12 +214,10 @@ class Checkpoints:
       state, check = retry(attempt, say=self._say)
     except Damaged:  # Or it was trouble that passed before a reason was found.
       state, check = retry(attempt, say=self._say)
-    check_origin(
-      self._folder / str(step),
-      check,
-      self._folder.parent,
-      self._config.accept_changes,
-    )
+    path, accept = self._folder / str(step), self._config.accept_changes
+    check_origin(path, check, self._folder.parent, accept)
+    if not self._read_only:  # Else no step follows.
+      check_order(path, check, order_of(self._config.data), accept)
     return replicate(state)
 
   def _restore(
