@@ -41,6 +41,7 @@ def command(capsys, *args):
 def test_paths_of_every_method_and_of_a_run(tmp_path, capsys, monkeypatch):
   few = {name: cli.METHODS[name] for name in ('batchnorm', 'skipinit')}
   monkeypatch.setattr(cli, 'METHODS', few)
+  monkeypatch.setattr(cli, 'DRAWS', 2)
   out = tmp_path / 'out'
   status, err = command(capsys, 'paths', f'--out={out}', *FLAGS)
   assert status == 0, err
@@ -49,7 +50,13 @@ def test_paths_of_every_method_and_of_a_run(tmp_path, capsys, monkeypatch):
   assert len(measured['skipinit']['norm']) == 4  # Three blocks.
   # At alpha = 0 no gradient passes a branch.
   assert measured['skipinit']['effective_depth'] == 0
-  assert measured['batchnorm']['effective_depth'] > 0
+  assert measured['skipinit']['interval'] == 0
+  norm = measured['batchnorm']
+  assert norm['effective_depth'] == pytest.approx(
+    np.mean(norm['effective_depths'])
+  )
+  assert min(norm['effective_depths']) > 0
+  assert len({*norm['effective_depths']}) == 2
   assert (out / 'paths.svg').exists()
   assert (out / 'paths.png').exists()
 

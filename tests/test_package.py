@@ -23,7 +23,7 @@ LAYERS = {
   'analysis': {'models', 'data', 'training'},
 }
 SHARED = {'cli', 'errors', 'files', 'markdown', 'plotting', 'published'}
-SHARED = {*SHARED, 'variants', 'version'}
+SHARED = {*SHARED, 'intervals', 'variants', 'version'}
 
 
 def imports(path):

@@ -44,6 +44,19 @@ def at_start(config: ConfigDict, images: int = 360) -> Network:
   return Network(model, variables, *_eval_images(data, images))
 
 
+def draws_at_start(
+  config: ConfigDict, images: int, draws: int
+) -> list[Network]:
+  """`at_start` with the recipe's seed and the ones after it."""
+  first = at_start(config, images)
+  shape = first.images.shape[1:]
+  seeds = range(config.seed + 1, config.seed + draws)
+  return [first] + [
+    first._replace(variables=init_variables(first.model, shape, seed))
+    for seed in seeds
+  ]
+
+
 def of_run(run: Saved, images: int = 360) -> Network:
   """The network of a checkpoint."""
   return Network(run.model, run.variables, *_eval_images(run.data, images))
