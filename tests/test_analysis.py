@@ -115,6 +115,17 @@ def test_along_training_are_the_sums_of_shares_and_the_eigenvalues(watched):
   assert (found['eigenvalue'] > 0).all()
 
 
+def test_the_table_along_training_has_the_first_and_the_last():
+  found = {
+    'epoch': [0.0, 1.0, 2.0],
+    'effective_depth': [0.0, 0.7, 1.25],
+    'checkpoint_epoch': [0.0, 1.9],
+    'eigenvalue': [12.5, None],  # As JSON has what is not finite.
+  }
+  lines = along_training.table({'skipinit': found}).splitlines()
+  assert lines[2] == '| SkipInit 0 | 0 | 1.25 (2) | 12.5 | - (1.9) |'
+
+
 @pytest.mark.parametrize('kind', ['propagation', 'curvature', 'training'])
 def test_kinds_look_at_a_run(kind, watched, tmp_path, capsys):
   status, err = command(

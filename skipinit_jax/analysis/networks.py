@@ -13,6 +13,7 @@ from skipinit_jax.data import open_dataset
 from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.training import train
 from skipinit_jax.training.network import build_model, init_variables
+from skipinit_jax.training.recipes import set_fields
 from skipinit_jax.training.saved import Saved, load_run
 
 
@@ -48,13 +49,9 @@ def draws_at_start(
   config: ConfigDict, images: int, draws: int
 ) -> list[Network]:
   """`at_start` with the recipe's seed and the ones after it."""
-  first = at_start(config, images)
-  shape = first.images.shape[1:]
-  seeds = range(config.seed + 1, config.seed + draws)
-  return [first] + [
-    first._replace(variables=init_variables(first.model, shape, seed))
-    for seed in seeds
-  ]
+  seeds = range(config.seed, config.seed + draws)
+  copy = config.copy_and_resolve_references
+  return [at_start(set_fields(copy(), {'seed': s}), images) for s in seeds]
 
 
 def of_run(run: Saved, images: int = 360) -> Network:
