@@ -20,9 +20,9 @@ from typing import Any
 from skipinit_jax import cli, markdown
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments.downloads import JSON
-from skipinit_jax.experiments.selection import half_interval
 from skipinit_jax.experiments.words import power
 from skipinit_jax.files import write_json
+from skipinit_jax.intervals import half_interval
 from skipinit_jax.variants import VARIANTS
 
 DOCS = Path(__file__).parents[1] / 'docs'

@@ -103,6 +103,73 @@ def largest_eigenvalue(
   return Eigenvalue(float(value), float(np.linalg.norm(residual)))
 
 
+def curvature_along(
+  loss: Callable[[Any], jax.Array], params: Any, direction: Any
+) -> float:
+  """v'Hv / v'v, of the Hessian H of `loss` and a direction v, a tree like it.
+
+  NaN for a direction of zeros.
+
+  >>> loss = lambda x: x[0] ** 2 - 4 * x[1] ** 2
+  >>> curvature_along(loss, jnp.ones(2), jnp.array([0.0, 3.0]))
+  -8.0
+  """
+  product = _hessian_product(loss, params, direction)
+  v, hv = (
+    np.asarray(ravel_pytree(tree)[0], np.float64)
+    for tree in (direction, product)
+  )
+  square = v @ v
+  return float(v @ hv / square) if square else math.nan
+
+
+def longest_step(
+  loss: Callable[[Any], jax.Array], params: Any, *, longest: float = 2.0**20
+) -> float:
+  """The largest rate, a power of 2, at which one step lowers the loss.
+
+  Along the negative gradient, doubled while the loss is below that at `params`.
+  Unlike an eigenvalue it sees the loss as far as the step goes.
+
+  Args:
+    loss: of the parameters alone, scalar.
+    params: tree of floating arrays.
+    longest: where it ends, and what it starts to halve from 1 over.
+
+  Returns:
+    0 where no step lowers it, as at a minimum.
+
+  >>> longest_step(lambda x: 3 * x**2, jnp.array(1.0))  # Below 2 / 6.
+  0.25
+  """
+  value, gradient = _value_and_gradient(loss, params)
+
+  def lowers(rate: float) -> bool:
+    return bool(_after(loss, params, gradient, rate) < value)
+
+  rate = 1.0
+  while rate > 1 / longest and not lowers(rate):
+    rate /= 2
+  if rate <= 1 / longest:
+    return 0.0
+  while rate < longest and lowers(2 * rate):
+    rate *= 2
+  return rate
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_gradient(loss: Callable, params: Any) -> tuple[jax.Array, Any]:
+  return jax.value_and_grad(loss)(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _after(
+  loss: Callable, params: Any, gradient: Any, rate: jax.typing.ArrayLike
+) -> jax.Array:
+  """The loss after a step along the negative gradient."""
+  return loss(jax.tree.map(lambda p, g: p - rate * g, params, gradient))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _hessian_product(loss: Callable, params: Any, v: Any) -> Any:
   return jax.jvp(jax.grad(loss), (params,), (v,))[1]

@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from scipy import stats
-
 from skipinit_jax.experiments.grid import (
   TEST,
   VALIDATION,
@@ -19,6 +17,7 @@ from skipinit_jax.experiments.grid import (
 )
 from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.experiments.words import percent
+from skipinit_jax.intervals import half_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,14 +172,6 @@ def mean(outcomes: Iterable[Outcome], best: int) -> Mean:
     if 1 < len(kept) == len(outcomes)
     else None,
   )
-
-
-def half_interval(values: Sequence[float]) -> float:
-  """Half of the 95 % interval for a mean, by Student's t; inf for one value."""
-  if len(values) < 2:
-    return math.inf
-  error = statistics.stdev(values) / math.sqrt(len(values))
-  return float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
 def paired(ours: Mean, theirs: Mean) -> tuple[float, float] | None:
