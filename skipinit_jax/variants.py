@@ -120,7 +120,7 @@ VARIANTS: dict[str, Variant] = {
     _PLAIN_FIXUP | _DROPOUT, 'Fixup + Dropout', GREEN, 'D', '-.'
   ),
   'imagenet:regularized_skipinit': Variant(
-    _BIASED_SKIPINIT | _DROPOUT, 'Regularized SkipInit', BLUE, 'o', '-'
+    _BIASED_SKIPINIT | _DROPOUT, 'Regularized SkipInit', BLUE, 'P', '--'
   ),
   'imagenet:batchnorm_dropout': Variant(
     _PLAIN_BATCHNORM | _DROPOUT,
