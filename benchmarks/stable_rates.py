@@ -21,13 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.flatten_util import ravel_pytree
 
 from benchmarks.input_pipeline import machine
 from skipinit_jax import cli, markdown
 from skipinit_jax.analysis.curvature import (
-  curvature_along,
   largest_eigenvalue,
-  longest_step,
   training_loss,
 )
 from skipinit_jax.data import open_dataset
@@ -190,8 +189,72 @@ def curvatures(loss: Losses, params: Any, momentum: Any) -> dict[str, float]:
     'normalized': largest_eigenvalue(scaled, zeros, key, tolerance=0.01).value,
     'gradient': curvature_along(loss, params, gradient),
     'momentum': curvature_along(loss, params, momentum),
-    'step': 1 / longest_step(loss, params),
+    'step': 1 / step if (step := longest_step(loss, params)) else math.inf,
   }
+
+
+def curvature_along(loss: Losses, params: Any, direction: Any) -> float:
+  """v'Hv / v'v, of the Hessian H of `loss` and a direction v, a tree like it.
+
+  NaN for a direction of zeros.
+  """
+  product = _product(loss, params, direction)
+  v, hv = (
+    np.asarray(ravel_pytree(tree)[0], np.float64)
+    for tree in (direction, product)
+  )
+  square = v @ v
+  return float(v @ hv / square) if square else math.nan
+
+
+def longest_step(
+  loss: Losses, params: Any, *, longest: float = 2.0**20
+) -> float:
+  """The largest rate, a power of 2, at which one step lowers the loss.
+
+  Along the negative gradient, doubled while the loss is below that at `params`.
+  Unlike an eigenvalue it sees the loss as far as the step goes.
+
+  Args:
+    loss: of the parameters alone, scalar.
+    params: tree of floating arrays.
+    longest: where it ends, and what it starts to halve from 1 over.
+
+  Returns:
+    0 where no step lowers it, as at a minimum.
+  """
+  value, gradient = _value_and_gradient(loss, params)
+
+  def lowers(rate: float) -> bool:
+    return bool(_after(loss, params, gradient, rate) < value)
+
+  rate = 1.0
+  while rate > 1 / longest and not lowers(rate):
+    rate /= 2
+  if rate <= 1 / longest:
+    return 0.0
+  while rate < longest and lowers(2 * rate):
+    rate *= 2
+  return rate
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_gradient(loss: Losses, params: Any) -> tuple[jax.Array, Any]:
+  return jax.value_and_grad(loss)(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _after(
+  loss: Losses, params: Any, gradient: Any, rate: jax.typing.ArrayLike
+) -> jax.Array:
+  """The loss after a step along the negative gradient."""
+  return loss(jax.tree.map(lambda p, g: p - rate * g, params, gradient))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _product(loss: Losses, params: Any, v: Any) -> Any:
+  """The Hessian times v."""
+  return jax.jvp(jax.grad(loss), (params,), (v,))[1]
 
 
 def middle(values: Iterable[float | None]) -> float:

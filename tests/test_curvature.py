@@ -6,15 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
+import toys
 
 from skipinit_jax.analysis import curvature
-from skipinit_jax.analysis.curvature import (
-  curvature_along,
-  largest_eigenvalue,
-  longest_step,
-)
-from skipinit_jax.models import DenseResNet
+from skipinit_jax.analysis.curvature import largest_eigenvalue
 
 KEY = jax.random.key(0)
 
@@ -48,72 +43,18 @@ def test_of_a_quadratic(values):
   assert found.error < 1e-3
 
 
-def tiny(method):
-  """A loss, its parameters, and the whole of its Hessian."""
-  model = DenseResNet(2, 4, 3, method)
-  x, labels = np.random.default_rng(0).standard_normal((2, 12, 3))
-  x = jnp.asarray(x, jnp.float32)
-  params = model.init(jax.random.key(1), x, train=False)['params']
-
-  def loss(params):
-    out, _ = model.apply(
-      {'params': params}, x, train=True, mutable=['batch_stats']
-    )
-    return -(jax.nn.log_softmax(out) * jax.nn.softmax(labels)).sum(-1).mean()
-
-  flat, unravel = ravel_pytree(params)
-  hessian = jax.hessian(lambda flat: loss(unravel(flat)))(flat)
-  return loss, params, np.asarray(hessian, np.float64)
-
-
 @pytest.mark.parametrize(
   'method',
   ['skipinit', 'batchnorm', pytest.param('none', marks=pytest.mark.slow)],
 )
 def test_of_a_tiny_network(method):
-  loss, params, hessian = tiny(method)
+  loss, params, hessian = toys.curved_loss(method)
   expected = np.linalg.eigvalsh(hessian)[-1]
   found = largest_eigenvalue(loss, params, jax.random.key(2), tolerance=1e-6)
   assert found.value == pytest.approx(expected, rel=1e-4)
   early = largest_eigenvalue(loss, params, jax.random.key(2))
   assert early.error <= 1e-3 * early.value
   assert abs(early.value - expected) < early.error + 1e-4 * expected
-
-
-def test_the_curvature_along_a_direction_is_that_of_the_whole_hessian():
-  loss, params, hessian = tiny('batchnorm')
-  flat, unravel = ravel_pytree(params)
-  gradient = np.asarray(ravel_pytree(jax.grad(loss)(params))[0], np.float64)
-  other = np.random.default_rng(1).standard_normal(flat.size)
-  for v in (gradient, other):
-    found = curvature_along(loss, params, unravel(jnp.asarray(v, flat.dtype)))
-    assert found == pytest.approx(v @ hessian @ v / (v @ v), rel=1e-3)
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  assert np.isnan(curvature_along(loss, params, zeros))
-
-
-@pytest.mark.parametrize('value', [0.003, 0.3, 1.0, 7.0, 900.0])
-def test_the_longest_step_of_a_parabola_is_below_2_over_its_curvature(value):
-  step = longest_step(lambda x: value * (x**2).sum() / 2, jnp.ones(3))
-  assert step < 2 / value <= 2 * step
-  assert np.log2(step) % 1 == 0
-
-
-def test_the_longest_step_sees_a_wall_that_the_curvature_does_not():
-  def slope(x):
-    return (x**2).sum() / 4
-
-  def wall(x):
-    return slope(x) + 500 * (jnp.maximum(1 - x, 0) ** 2).sum()
-
-  x = jnp.full(2, 4.0)  # A step of 1 goes to 2, and one of 2 to 0.
-  ones = jnp.ones(2)
-  assert (
-    curvature_along(wall, x, ones) == curvature_along(slope, x, ones) == 0.5
-  )
-  assert longest_step(slope, x) == 2
-  assert longest_step(wall, x) == 1
-  assert longest_step(slope, jnp.zeros(2)) == 0
 
 
 def test_the_error_says_how_far_an_eigenvalue_is():

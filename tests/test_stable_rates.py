@@ -1,9 +1,14 @@
 """The benchmark of largest stable rates, on losses that theory knows."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
+from jax.flatten_util import ravel_pytree
 
 from benchmarks import stable_rates
 
@@ -75,3 +80,52 @@ def test_the_table_has_medians_and_their_ratios():
   assert lines[2] == '| largest stable rate | - | 2 | 0.125 | 16 |'
   assert lines[3].endswith('| 10 | 2 | 6 | 3 |')
   assert lines[4].endswith('| end | - | - | - |')
+
+
+def test_the_curvature_along_a_direction_is_that_of_the_whole_hessian():
+  loss, params, hessian = toys.curved_loss('batchnorm')
+  flat, unravel = ravel_pytree(params)
+  gradient = np.asarray(ravel_pytree(jax.grad(loss)(params))[0], np.float64)
+  other = np.random.default_rng(1).standard_normal(flat.size)
+  for v in (gradient, other):
+    found = stable_rates.curvature_along(
+      loss, params, unravel(jnp.asarray(v, flat.dtype))
+    )
+    assert found == pytest.approx(v @ hessian @ v / (v @ v), rel=1e-3)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  assert np.isnan(stable_rates.curvature_along(loss, params, zeros))
+
+
+@pytest.mark.parametrize('value', [0.003, 0.3, 1.0, 7.0, 900.0])
+def test_the_longest_step_of_a_parabola_is_below_2_over_its_curvature(value):
+  step = stable_rates.longest_step(
+    lambda x: value * (x**2).sum() / 2, jnp.ones(3)
+  )
+  assert step < 2 / value <= 2 * step
+  assert np.log2(step) % 1 == 0
+
+
+def test_the_longest_step_sees_a_wall_that_the_curvature_does_not():
+  def slope(x):
+    return (x**2).sum() / 4
+
+  def wall(x):
+    return slope(x) + 500 * (jnp.maximum(1 - x, 0) ** 2).sum()
+
+  x = jnp.full(2, 4.0)  # A step of 1 goes to 2, and one of 2 to 0.
+  ones = jnp.ones(2)
+  assert (
+    stable_rates.curvature_along(wall, x, ones)
+    == stable_rates.curvature_along(slope, x, ones)
+    == 0.5
+  )
+  assert stable_rates.longest_step(slope, x) == 2
+  assert stable_rates.longest_step(wall, x) == 1
+  assert stable_rates.longest_step(slope, jnp.zeros(2)) == 0
+
+
+def test_the_documented_table_is_that_of_the_file():
+  docs = Path(__file__).resolve().parents[1] / 'docs'
+  methods = json.loads((docs / 'stable_rates.json').read_text())['methods']
+  table = stable_rates.table(methods)
+  assert table in (docs / 'measurements.md').read_text()
