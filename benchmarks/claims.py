@@ -10,7 +10,6 @@ shows its counts.
 
 import dataclasses
 import json
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,9 +19,10 @@ from typing import Any
 from skipinit_jax import cli, markdown
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments.downloads import JSON
-from skipinit_jax.experiments.words import power
+from skipinit_jax.experiments.selection import Mean, paired
+from skipinit_jax.experiments.tables import difference
+from skipinit_jax.experiments.words import percent, power
 from skipinit_jax.files import write_json
-from skipinit_jax.intervals import half_interval
 from skipinit_jax.variants import VARIANTS
 
 DOCS = Path(__file__).parents[1] / 'docs'
@@ -49,20 +49,18 @@ class Cell:
     return bool(self.values['trains'])
 
   @property
-  def seeds(self) -> list[float]:
-    """The test accuracy of each seed, in percent."""
-    return [100 * top1 for top1 in self.values['test']['seeds']]
+  def test(self) -> Mean:
+    """Its accuracy on the test split."""
+    return Mean(**self.values['test'])
 
   @property
   def text(self) -> str:
     """Its method and accuracy."""
-    tried = self.values['tried']
     if not self.trains:
+      tried = self.values['tried']
       low, high = power(min(tried)), power(max(tried))
       return f'{self.label} does not train ({low} to {high})'
-    test = self.values['test']
-    half = test['error'] if test['interval'] is None else test['interval']
-    return f'{self.label} {100 * test["top1"]:.1f} ± {100 * half:.1f}'
+    return f'{self.label} {percent(self.test.top1, self.test.bar)}'
 
   @property
   def rates(self) -> tuple[int, int]:
@@ -82,19 +80,27 @@ class Kept:
 
 
 def less(ours: Cell, theirs: Cell) -> tuple[float, float]:
-  """The mean difference by seed, in points, and half of its 95 % interval."""
-  each = [a - b for a, b in zip(ours.seeds, theirs.seeds, strict=True)]
-  return statistics.fmean(each), half_interval(each)
+  """The mean difference by seed, and half of its 95 % interval.
 
-
-def points(difference: tuple[float, float]) -> str:
-  """A difference in words.
-
-  >>> points((-1.25, 0.5))
-  '-1.2 ± 0.5 points'
+  Raises:
+    ValueError: cells that have not the same seeds, several.
   """
-  mean, half = difference
-  return f'{mean:+.1f} ± {half:.1f} points'
+  found = paired(ours.test, theirs.test)
+  if found is None:
+    raise ValueError(f'{ours.text}, {theirs.text}: not the same seeds')
+  return found
+
+
+def by_row(name: str, found: Mapping[str, tuple[float, float]]) -> str:
+  """Differences in words, in points.
+
+  >>> by_row('batch', {'64': (-0.02, 0.01)})
+  'batch 64: \u22122.0 ± 1.0 behind'
+  """
+  words = {
+    row: difference(*each).replace('\n', ' ') for row, each in found.items()
+  }
+  return '; '.join(f'{name} {row}: {text}' for row, text in words.items())
 
 
 def sign(difference: tuple[float, float]) -> int:
@@ -148,9 +154,9 @@ def all_train(kept: Kept) -> tuple[str, bool]:
 def as_good_as_bn(kept: Kept) -> tuple[str, bool | None]:
   """Depth: the scalar at 0 is as good as batch normalization."""
   found = {r: less(kept(r, 'skipinit'), kept(r, 'batchnorm')) for r in DEPTHS}
-  text = '; '.join(f'depth {r}: {points(d)}' for r, d in found.items())
-  behind = [mean for mean, half in found.values() if mean + half < -1]
-  close = all(mean - half > -1 for mean, half in found.values())
+  text = by_row('depth', found)
+  behind = [mean for mean, half in found.values() if mean + half < -0.01]
+  close = all(mean - half > -0.01 for mean, half in found.values())
   return text, False if behind else True if close else None
 
 
@@ -172,7 +178,7 @@ def sqrt2_is_worse(kept: Kept) -> tuple[str, bool | None]:
   """Ablations: at depth 16 behind the scalar at 0."""
   found = less(kept('16', 'divide_sqrt2'), kept('16', 'skipinit'))
   agrees = {-1: True, 0: None, 1: False}[sign(found)]
-  return f'depth 16: {points(found)}', agrees
+  return by_row('depth', {'16': found}), agrees
 
 
 def trains_without_l2(kept: Kept) -> tuple[str, bool]:
@@ -187,7 +193,7 @@ def l2_is_worth_points(kept: Kept) -> tuple[str, bool | None]:
     row: less(kept(row, 'skipinit_no_l2'), kept(row, 'skipinit'))
     for row in ('16', '100')
   }
-  text = '; '.join(f'depth {r}: {points(d)}' for r, d in found.items())
+  text = by_row('depth', found)
   signs = {sign(d) for d in found.values()}
   return text, True if signs == {-1} else False if signs <= {1} else None
 
@@ -229,8 +235,7 @@ def falls_with_the_batch(kept: Kept) -> tuple[str, bool | None]:
     r: less(kept(r, 'batchnorm', EPOCHS), kept(r, 'skipinit', EPOCHS))
     for r in ('64', '512')
   }
-  text = '; '.join(f'batch {r}: {points(d)}' for r, d in found.items())
-  text = f'BatchNorm less SkipInit 0, {text}'
+  text = f'BatchNorm less SkipInit 0, {by_row("batch", found)}'
   if sign(found['512']) != 1:
     return text, None if sign(found['512']) == 0 else False
   more = found['512'][0] - found['64'][0] > found['512'][1] + found['64'][1]
@@ -243,10 +248,10 @@ def good_first_epoch(kept: Kept) -> tuple[str, bool | None]:
     row: less(kept(row, 'fixup'), kept(row, 'batchnorm'))
     for row in ('10', '40', '100')
   }
-  text = '; '.join(f'depth {r}: {points(d)}' for r, d in found.items())
-  if any(mean + half < -5 for mean, half in found.values()):
+  text = by_row('depth', found)
+  if any(mean + half < -0.05 for mean, half in found.values()):
     return text, False
-  return text, True if all(m - h > -5 for m, h in found.values()) else None
+  return text, True if all(m - h > -0.05 for m, h in found.values()) else None
 
 
 def post_norm_fails(kept: Mapping[str, Any]) -> tuple[str, bool]:
@@ -414,7 +419,7 @@ def summary() -> str:
 def page() -> str:
   """docs/claims.md."""
   judged = [judge(claim) for claim in CLAIMS]
-  rows = [['claim', 'source', 'agrees if', 'found', '']]
+  rows = [['claim', 'source', 'agrees if', 'found', 'verdict']]
   for claim, (text, word) in zip(CLAIMS, judged, strict=True):
     study = f'`{claim.study}`: ' if claim.test else ''
     rule = claim.rule if claim.test else ''
@@ -426,8 +431,8 @@ def page() -> str:
 Made by `python -m benchmarks.claims` from the studies on scikit-learn's digits
 ([how a rate is chosen](studies.md)): 8x8 images and networks one wide, so that
 agreement says that an effect is there, contradiction not that it is nowhere.
-± is half of a 95 % interval over seeds, of differences paired by seed. A claim
-is undecided where an interval leaves it open.
+± is half of a 95 % interval over seeds; differences are in points, by seed. A
+claim is undecided where an interval leaves it open.
 
 {markdown.table(rows)}"""
 

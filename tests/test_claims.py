@@ -12,6 +12,7 @@ from skipinit_jax.errors import InputError
 def cell(method, seeds=(0.9, 0.91, 0.92), *, trains=True, **values):
   mean = sum(seeds) / len(seeds)
   test = {'top1': mean, 'error': 0.01, 'interval': 0.02, 'seeds': list(seeds)}
+  test |= {'loss': None, 'train_loss': None, 'diverged': 0}
   tried = {'tried': [-16, -2], 'within_error': [-4, -2], 'largest_stable': -2}
   return Cell(
     tried | {'method': method, 'trains': trains, 'test': test} | values

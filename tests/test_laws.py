@@ -10,6 +10,7 @@ from skipinit_jax.experiments import laws
 from skipinit_jax.experiments.findings import Curve
 from skipinit_jax.experiments.grid import Cell
 from skipinit_jax.experiments.selection import Mean, Summary
+from skipinit_jax.intervals import slope
 
 RATES = range(-10, 1)
 DEPTHS = (16, 28, 52, 100)
@@ -56,12 +57,12 @@ def test_the_slope_is_that_of_least_squares_with_students_interval():
   inside = 0
   for _ in range(400):
     y = 1.5 - 0.7 * x + rng.normal(size=9)
-    found, half = laws.slope(x, y)
+    found, half = slope(x, y)
     assert found == pytest.approx(np.polyfit(x, y, 1)[0])
     inside += abs(found + 0.7) <= half
   assert 0.92 < inside / 400 < 0.98
-  assert laws.slope([1, 1, 1], [1, 2, 3]) is None
-  assert laws.slope([1, 2], [1, 2]) is None
+  assert slope([1, 1, 1], [1, 2, 3]) is None
+  assert slope([1, 2], [1, 2]) is None
 
 
 def curve(*sums):

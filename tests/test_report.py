@@ -9,10 +9,9 @@ import pytest
 from studies import EVIL, UNFINISHED, make_grid, make_study, write_runs
 
 from skipinit_jax.experiments.findings import Findings
-from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell
+from skipinit_jax.experiments.grid import TEST, VALIDATION, Axis, Cell
 from skipinit_jax.experiments.report import write_comparison, write_report
 from skipinit_jax.experiments.selection import runs_at
-from skipinit_jax.experiments.studies import Axis
 from skipinit_jax.experiments.tables import difference, make_tables
 
 

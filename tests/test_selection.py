@@ -15,7 +15,9 @@ from skipinit_jax.experiments import estimate
 from skipinit_jax.experiments.grid import (
   TEST,
   VALIDATION,
+  Axis,
   Cell,
+  Grid,
   cells,
   make_run,
 )
@@ -30,12 +32,7 @@ from skipinit_jax.experiments.selection import (
   total_runs,
   wanted,
 )
-from skipinit_jax.experiments.studies import (
-  STUDIES,
-  Axis,
-  Grid,
-  find_study,
-)
+from skipinit_jax.experiments.studies import STUDIES, find_study
 from skipinit_jax.files import dumps
 from skipinit_jax.training.changes import FREE
 from skipinit_jax.training.checks import check_config

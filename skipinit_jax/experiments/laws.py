@@ -7,14 +7,12 @@ exponent is the slope of log(rate) by least squares over all depths and seeds.
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from scipy import stats
+from collections.abc import Mapping
 
 from skipinit_jax.experiments.findings import Curve, Findings
 from skipinit_jax.experiments.grid import Cell
 from skipinit_jax.experiments.selection import Mean
+from skipinit_jax.intervals import slope
 
 
 def best_exponent(losses: Mapping[int, float | None]) -> float | None:
@@ -49,21 +47,6 @@ def by_seed(by_rate: Mapping[int, Mean]) -> list[float]:
     for seed in seeds
   )
   return [exponent for exponent in found if exponent is not None]
-
-
-def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
-  """The slope of y by least squares, and half of its 95 % interval.
-
-  None with fewer than three points or two values of x.
-
-  >>> slope([0, 1, 2, 3], [0, -1, -2, -3])
-  (-1.0, 0.0)
-  """
-  if len(x) < 3 or len(set(x)) < 2:
-    return None
-  fit: Any = stats.linregress(x, y)
-  error = 0.0 if math.isnan(fit.stderr) else fit.stderr  # All y are equal.
-  return float(fit.slope), float(stats.t.ppf(0.975, len(x) - 2) * error)
 
 
 def effective_depth(curve: Curve | None) -> float | None:

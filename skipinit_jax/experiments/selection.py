@@ -11,11 +11,11 @@ from skipinit_jax.experiments.grid import (
   TEST,
   VALIDATION,
   Cell,
+  Grid,
   Run,
   cells,
   make_run,
 )
-from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.experiments.words import percent
 from skipinit_jax.intervals import half_interval
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from skipinit_jax.experiments.findings import Findings
-from skipinit_jax.experiments.grid import Cell
+from skipinit_jax.experiments.grid import Cell, Grid
 from skipinit_jax.experiments.laws import effective_depth, exponents
 from skipinit_jax.experiments.selection import Summary, paired
-from skipinit_jax.experiments.studies import Grid, Study
+from skipinit_jax.experiments.studies import Study
 from skipinit_jax.experiments.words import (
   DASH,
   MINUS,
