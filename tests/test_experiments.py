@@ -152,6 +152,65 @@ def test_a_study_of_real_runs(tmp_path, monkeypatch):
   assert lines[-1].startswith('completed after 12 steps')
 
 
+# Says what it makes, waits for a file `go`, and dies of a run named `dies`.
+STAND_IN = """
+import json, os, pathlib, sys, time
+for line in sys.stdin:
+  folder, _ = json.loads(line)
+  with open(LOG, 'a') as log:
+    print(os.path.basename(folder), os.getpid(), file=log)
+  while not os.path.exists(LOG + '-go'):
+    time.sleep(0.01)
+  if folder.endswith('dies'):
+    os._exit(7)
+  print(0, flush=True)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+  name: str
+  program: str
+
+  def folder(self, workdir):
+    return workdir / self.name
+
+  def arguments(self, workdir):
+    return []
+
+
+def made_by_stand_ins(monkeypatch, tmp_path, jobs, runs):
+  """Lines of what was made by whom, in order; statuses, in that of `runs`."""
+  log = tmp_path / 'log'
+  stand_in = STAND_IN.replace('LOG', repr(str(log)))
+  monkeypatch.setattr(engines, 'WORKER', [sys.executable, '-c', stand_in])
+  with engines.local(tmp_path, jobs) as submit:
+    futures = [submit(run) for run in runs]
+    (tmp_path / 'log-go').touch()
+    statuses = [future.result(timeout=100) for future in futures]
+  return [line.split() for line in log.read_text().splitlines()], statuses
+
+
+def test_a_worker_keeps_to_runs_of_one_program(monkeypatch, tmp_path):
+  runs = [Named(f'{p}{i}', p) for i in range(3) for p in 'abc']
+  made, statuses = made_by_stand_ins(monkeypatch, tmp_path, 1, runs)
+  assert statuses == [0] * 9
+  assert [name for name, _ in made] == [
+    f'{p}{i}' for p in 'abc' for i in range(3)
+  ]
+  assert len({process for _, process in made}) == 1
+
+
+def test_a_run_that_ends_its_worker_has_its_status_and_the_next_a_new_one(
+  monkeypatch, tmp_path
+):
+  runs = [Named(name, 'a') for name in ('first', 'dies', 'next')]
+  made, statuses = made_by_stand_ins(monkeypatch, tmp_path, 1, runs)
+  assert statuses == [0, 7, 0]
+  (_, first), (_, second), (_, third) = made
+  assert first == second != third
+
+
 # The command itself, with a study that trains two tiny networks at a time.
 STUDY = """
 import dataclasses, sys
@@ -205,10 +264,10 @@ def steps_of(workdir):
 
 
 def alive(folder):
-  """Whether a process trains in a folder."""
-  for path in Path('/proc').glob('[0-9]*/cmdline'):
+  """Whether a process writes the output of a run in a folder."""
+  for path in Path('/proc').glob('[0-9]*/fd/1'):
     try:
-      if f'--workdir={folder}'.encode() in path.read_bytes():
+      if path.readlink() == folder / runner.OUTPUT:
         return True
     except OSError:
       continue
@@ -302,7 +361,7 @@ def test_ray_starts_the_runs_of_a_lost_machine_again(tmp_path, monkeypatch):
 def test_ray_gives_up_a_run_that_is_always_lost(tmp_path, monkeypatch):
   pytest.importorskip('ray')
 
-  def lost(arguments, folder, memory, stop):
+  def lost(arguments, folder, memory):
     with open(f'{folder}-starts', 'a') as file:
       file.write('x')
     os._exit(1)

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from skipinit_jax.training.describe import describe
 from skipinit_jax.training.evaluate import evaluate
 from skipinit_jax.training.loop import evaluate_latest
 from skipinit_jax.training.metrics import read_metrics
-from skipinit_jax.training.program import make_program
+from skipinit_jax.training.program import LastProgram, make_program
 from skipinit_jax.training.resume import restore_or_create
 from skipinit_jax.training.saved import load_run
 from skipinit_jax.training.timetable import make_timetable
@@ -504,3 +505,27 @@ def test_digits_are_learnt(tmp_path):
   result = train(config, tmp_path / 'run')
   assert result['status'] == 'completed'
   assert result['eval']['top1'] > 0.8
+
+
+def test_runs_of_one_program_have_the_bits_that_each_has_alone(tmp_path):
+  def config(seed, rate):
+    made = recipe()
+    made.seed, made.optimizer.learning_rate = seed, rate
+    return made
+
+  make = LastProgram()
+  train(config(1, 0.04), tmp_path / 'before', make)
+  ours, alone = config(2, 0.01), config(2, 0.01)
+  train(ours, tmp_path / 'ours', make)
+  train(alone, tmp_path / 'alone')
+  chex.assert_trees_all_equal(
+    last_state(tmp_path / 'ours'), last_state(tmp_path / 'alone')
+  )
+
+  data = open_dataset(ours.data)
+  first, second = make(config(3, 0.02), data), make(ours, data)
+  assert first.train_step is second.train_step
+  assert second.config is ours
+  other = recipe()
+  other.batch_size = 4
+  assert make(other, data).train_step is not first.train_step

@@ -1,11 +1,12 @@
 """Engines: where a study's runs are computed, and how many at a time.
 
 Each is a context that yields a function; the function starts a run and returns
-a future of its exit status, or of a phrase that says how it was lost.
+a future of its exit status, or of a phrase that says why there is none.
 """
 
 import concurrent.futures
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -17,71 +18,152 @@ from typing import Any
 
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments.grid import Run
-from skipinit_jax.experiments.runner import OUTPUT
 
 MEMORY = 0.9  # Share of a GPU's memory, for all runs on it together.
 RESTARTS = 10  # Of a run, when Ray loses its machine or process.
 # The folder of this package, for a checkout that is not installed.
 PACKAGE = str(Path(__file__).resolve().parents[2])
+WORKER = [sys.executable, '-m', 'skipinit_jax.experiments.worker']
 Submit = Callable[[Run], concurrent.futures.Future]
 
 
-def run_process(
-  arguments: list[str], folder: str, memory: float, stop: threading.Event
-) -> int:
-  """Trains in a new process; returns its exit status.
+class Worker:
+  """A process that makes runs, one after another; see `worker`.
 
   Args:
-    arguments: for `python -m skipinit_jax.training`.
-    folder: the run's folder.
-    memory: share of a GPU's memory that the run may take.
-    stop: when set, the run saves and stops.
+    memory: share of a GPU's memory that it may take.
   """
-  Path(folder).mkdir(parents=True, exist_ok=True)
-  command = [
-    sys.executable,
-    '-m',
-    'skipinit_jax.experiments.worker',
-    folder,
-    *arguments,
-  ]
-  paths = [PACKAGE, *filter(None, [os.environ.get('PYTHONPATH')])]
-  environment = os.environ | {
-    'PYTHONPATH': os.pathsep.join(paths),
-    'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{memory:.3f}',
-  }
-  with open(Path(folder) / OUTPUT, 'w') as output:
-    process: Any = subprocess.Popen(
-      command,
+
+  def __init__(self, memory: float):
+    self._memory = memory
+    self._process: Any = None
+    self._stopped = False
+    self._lock = threading.Lock()
+
+  def run(self, arguments: list[str], folder: str) -> int | str:
+    """Trains; returns the exit status.
+
+    Args:
+      arguments: for `python -m skipinit_jax.training`.
+      folder: the run's folder.
+    """
+    with self._lock:
+      if self._stopped:
+        return 'stopped before it began'
+      if self._process is not None and self._process.poll() is not None:
+        self._end()
+      process: Any = self._process or self._start()
+      self._process = process
+      with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(f'{json.dumps([folder, arguments])}\n')
+        process.stdin.flush()
+    if answer := process.stdout.readline():
+      return int(answer)
+    with self._lock:
+      return self._end()
+
+  def stop(self) -> None:
+    """Has the run in progress save and end, and then the process."""
+    with self._lock:
+      self._stopped = True
+      if self._process is not None:
+        with contextlib.suppress(BrokenPipeError):
+          self._process.stdin.close()
+
+  def wait(self) -> None:
+    """Returns when the process that was stopped has ended."""
+    if self._process is not None:
+      self._end()
+
+  def _end(self) -> int:
+    process, self._process = self._process, None
+    with contextlib.suppress(BrokenPipeError):
+      process.stdin.close()
+    process.stdout.close()
+    return process.wait()
+
+  def _start(self) -> subprocess.Popen:
+    paths = [PACKAGE, *filter(None, [os.environ.get('PYTHONPATH')])]
+    environment = os.environ | {
+      'PYTHONPATH': os.pathsep.join(paths),
+      'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{self._memory:.3f}',
+    }
+    return subprocess.Popen(
+      WORKER,
       env=environment,
       stdin=subprocess.PIPE,  # Its end tells the run to stop.
-      stdout=output,
-      stderr=output,
+      stdout=subprocess.PIPE,
+      text=True,
     )
-    with process.stdin:
-      while not stop.is_set():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-          return process.wait(0.2)
-    return process.wait()
+
+
+def run_process(arguments: list[str], folder: str, memory: float) -> int | str:
+  """Trains in a new process; returns its exit status. See `Worker`."""
+  worker = Worker(memory)
+  status = worker.run(arguments, folder)
+  worker.stop()
+  worker.wait()
+  return status
 
 
 @contextlib.contextmanager
 def local(workdir: Path, jobs: int) -> Iterator[Submit]:
-  """Runs on this machine, `jobs` at a time."""
-  stop = threading.Event()
+  """Runs on this machine, `jobs` at a time.
+
+  A worker keeps to runs that share its program, while there are any.
+  """
+  workers = [Worker(MEMORY / jobs) for _ in range(jobs)]
+  programs: dict[Worker, str] = {}  # Of the last run of each.
+  waiting: list[tuple[Run, concurrent.futures.Future]] = []
+  changed = threading.Condition()
+  ended = threading.Event()
+
+  def submit(run: Run) -> concurrent.futures.Future:
+    future = concurrent.futures.Future()
+    with changed:
+      waiting.append((run, future))
+      changed.notify()
+    return future
+
+  def take(worker: Worker) -> tuple[Run, concurrent.futures.Future]:
+    own = programs.pop(worker, None)
+    others = set(programs.values())
+
+    def place(each: tuple[Run, concurrent.futures.Future]) -> int:
+      program = each[0].program
+      return 0 if program == own else 1 + (program in others)
+
+    chosen = min(waiting, key=place)
+    waiting.remove(chosen)
+    programs[worker] = chosen[0].program
+    return chosen
+
+  def serve(worker: Worker) -> None:
+    while True:
+      with changed:
+        changed.wait_for(lambda: waiting or ended.is_set())
+        if ended.is_set():
+          return
+        run, future = take(worker)
+      try:
+        folder = str(run.folder(workdir))
+        future.set_result(worker.run(run.arguments(workdir), folder))
+      except Exception as error:  # Handed on to whom it concerns.
+        future.set_exception(error)
+
   with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-
-    def submit(run: Run) -> concurrent.futures.Future:
-      folder = str(run.folder(workdir))
-      arguments = run.arguments(workdir)
-      return pool.submit(run_process, arguments, folder, MEMORY / jobs, stop)
-
+    for worker in workers:
+      pool.submit(serve, worker)
     try:
       yield submit
-    except BaseException:
-      stop.set()
-      pool.shutdown(wait=False, cancel_futures=True)
-      raise
+    finally:
+      with changed:
+        ended.set()
+        changed.notify_all()
+      for worker in workers:
+        worker.stop()
+  for worker in workers:
+    worker.wait()
 
 
 def require_ray() -> ModuleType:
@@ -117,8 +199,8 @@ def on_ray(
   memory = MEMORY * (gpus if 0 < gpus < 1 else 1)
 
   @ray.remote(num_gpus=gpus, num_cpus=cpus, max_retries=RESTARTS)
-  def train(arguments: list[str], folder: str) -> int:
-    return run_process(arguments, folder, memory, threading.Event())
+  def train(arguments: list[str], folder: str) -> int | str:
+    return run_process(arguments, folder, memory)
 
   def submit(run: Run) -> concurrent.futures.Future:
     folder = str(run.folder(workdir))

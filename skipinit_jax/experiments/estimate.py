@@ -14,11 +14,11 @@ from skipinit_jax.experiments.selection import seeds_of
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.network import build_model
 
-# Seconds of a CPU core, measured on the digits (ablations 1,200 s in 80 runs,
-# fixup_parts 816 s in 60): at least for a layer of a step, and for a run beside
-# its steps.
-LAYER_SECONDS, RUN_SECONDS = 4e-4, 5.0
-CPU_RATE, SUSTAINED_RATE = 5e10, 1e14  # FLOPs a second.
+# Seconds of a CPU core, measured on the digits (large_batch): at least for a
+# layer of a step, for a run beside its steps, and for compiling what the runs
+# of a cell share, once for each split.
+LAYER_SECONDS, RUN_SECONDS, PROGRAM_SECONDS = 4e-4, 1.0, 20.0
+CPU_RATE, SUSTAINED_RATE = 3e10, 1e14  # FLOPs a second.
 
 
 def cost(grid: Grid) -> dict[str, float]:
@@ -41,7 +41,7 @@ def cost(grid: Grid) -> dict[str, float]:
     widened += each + more * tuning
     images += each * one[0]
     flops += each * one[1]
-    seconds += each * one[2]
+    seconds += each * one[2] + 2 * PROGRAM_SECONDS
   return {
     'runs': total,
     'widened': widened,

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from skipinit_jax.files import dumps
 from skipinit_jax.training.changes import ADDED, FREE
+from skipinit_jax.training.program import program_key
 from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.variants import VARIANTS, Fields
 
@@ -126,6 +127,11 @@ class Run:
     }
     text = dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+  @functools.cached_property
+  def program(self) -> str:
+    """The same for runs that share what is compiled."""
+    return program_key(self.config)
 
   def folder(self, workdir: Path) -> Path:
     """The run's folder in that of the study."""

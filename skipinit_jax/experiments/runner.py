@@ -1,8 +1,7 @@
 """Running a study: every run that can start is started, until none is left.
 
-A run is a process that resumes where it was stopped; a finished one is never
-repeated. An engine is a function that starts a run and returns a future, see
-`engines`.
+A run resumes where it was stopped; a finished one is never repeated. An engine
+is a function that starts a run and returns a future, see `engines`.
 """
 
 import concurrent.futures
@@ -25,10 +24,10 @@ from skipinit_jax.experiments.selection import (
   wanted,
 )
 from skipinit_jax.experiments.studies import Study
+from skipinit_jax.experiments.worker import OUTPUT
 from skipinit_jax.files import write_json
 
 STUDY = 'study.json'
-OUTPUT = 'output.txt'  # Standard output and error of a run, in its folder.
 
 
 class Results:

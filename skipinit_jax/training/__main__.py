@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -22,6 +22,7 @@ from skipinit_jax.training import processes
 from skipinit_jax.training.describe import less_memory
 from skipinit_jax.training.devices import set_cpu_flag, set_deterministic
 from skipinit_jax.training.loop import evaluate_latest, train
+from skipinit_jax.training.program import make_program
 from skipinit_jax.training.recipes import (
   load_recipe,
   parse_fields,
@@ -95,8 +96,15 @@ def parse(flags: cli.Parser) -> tuple[Namespace, ConfigDict]:
     return args, set_fields(config, parse_fields(config, texts))
 
 
-def main(args: Namespace, config: ConfigDict) -> None:
-  """Trains, says how it ended, and exits with the run's status."""
+def main(
+  args: Namespace, config: ConfigDict, make: Callable = make_program
+) -> None:
+  """Trains, says how it ended, and exits with the run's status.
+
+  Args:
+    args, config: of `parse`.
+    make: see `loop.train`.
+  """
   set_cpu_flag()
   set_deterministic(config)
   with _one_line_each(config):
@@ -113,7 +121,7 @@ def main(args: Namespace, config: ConfigDict) -> None:
       print(dumps(evaluate_latest(config, args.workdir)))
       return
     workdir = args.workdir or str(_new_workdir(args.config))
-    result = train(config, workdir)
+    result = train(config, workdir, make)
   if jax.process_index() == 0:
     print(summary(result, workdir))
   processes.shut_down()
@@ -193,13 +201,18 @@ def _unraisable(error: 'sys.UnraisableHookArgs') -> None:
     sys.__unraisablehook__(error)
 
 
-def run() -> None:
-  """Entry point of `train.py` and of `python -m skipinit_jax.training`."""
+def set_up() -> None:
+  """What a process does before it trains."""
   # Orbax logs a traceback in each of its threads before it raises the error.
   logging.set_verbosity(logging.FATAL)
   sys.unraisablehook = _unraisable
   faulthandler.enable()  # A crash of the runtime leaves a trace.
   sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
+
+
+def run() -> None:
+  """Entry point of `train.py` and of `python -m skipinit_jax.training`."""
+  set_up()
   main(*parse(parser()))
 
 

@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from skipinit_jax.data import open_dataset
+from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.errors import InputError, RunError, reason
 from skipinit_jax.models.parameters import alphas, block_names
 from skipinit_jax.training import devices, processes, resume
@@ -33,7 +34,11 @@ from skipinit_jax.training.watchdog import Watchdog
 from skipinit_jax.training.workdir import open_workdir, record_changes
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
+def train(
+  config: ConfigDict,
+  workdir: str | os.PathLike,
+  make: Callable[[ConfigDict, Dataset], Program] = make_program,
+) -> dict[str, Any]:
   """Trains a recipe and leaves everything in `workdir`.
 
   Called again with the same arguments, it resumes from the last checkpoint, or
@@ -42,6 +47,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
   Args:
     config: a recipe, see `training.config.default_config`.
     workdir: a folder, made if it does not exist.
+    make: makes the program, or has it from a run before.
 
   Returns:
     What `result.json` holds, see `training.result`.
@@ -63,7 +69,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     watchdog = at_end.enter_context(
       Watchdog(config.stuck_at_start_seconds, config.stuck_after_seconds)
     )
-    program = _open_program(config)
+    program = _open_program(config, make)
     times = make_timetable(config, program.data.train_size)
     check_held = at_end.enter_context(hold_for_all(workdir, say))
     changes = open_workdir(workdir, config, times.total)
@@ -229,11 +235,11 @@ class Run:
     raise Stopped(self.request.requested, step)
 
 
-def _open_program(config: ConfigDict) -> Program:
+def _open_program(config: ConfigDict, make: Callable = make_program) -> Program:
   """Checks a recipe and the devices, and opens its data set."""
   devices.check_devices(config)
   check_config(config, jax.device_count())
-  return make_program(config, open_dataset(config.data))
+  return make(config, open_dataset(config.data))
 
 
 def _open_reporter(

@@ -97,7 +97,7 @@ def make_optimizer(
     transforms.append(_decay(config, optimizer.l2))
   if method.reduced_rate is not None and optimizer.reduced_rate:
     # A fraction of the rate *before* it was scaled with the batch.
-    factor = method.reduced_rate * optimizer.learning_rate / peak_rate(config)
+    factor = method.reduced_rate / _batch_scale(config)
     transforms.append(optax.masked(optax.scale(factor), _all_but_kernels))
   if decoupled:
     transforms.append(muon(optimizer.momentum, nesterov=optimizer.nesterov))
@@ -212,6 +212,9 @@ def _all_but_kernels(params: Any) -> Any:
 
 def peak_rate(config: ConfigDict) -> float:
   """The learning rate, scaled with the batch if there is a reference batch."""
-  optimizer = config.optimizer
-  scale = config.batch_size / (optimizer.reference_batch or config.batch_size)
-  return optimizer.learning_rate * scale
+  return config.optimizer.learning_rate * _batch_scale(config)
+
+
+def _batch_scale(config: ConfigDict) -> float:
+  reference = config.optimizer.reference_batch or config.batch_size
+  return config.batch_size / reference

@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.errors import InputError
+from skipinit_jax.files import dumps
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.training import step as steps
 from skipinit_jax.training.devices import map_over_devices
@@ -50,6 +53,17 @@ class Program:
   train_step: Callable
   watch_step: Callable
   eval_step: Callable
+
+
+# Fields that are numbers in the state, so that no program depends on them.
+IN_STATE = ('seed', 'optimizer.learning_rate')
+
+
+def program_key(config: ConfigDict) -> str:
+  """A digest, the same for configs that can share one program."""
+  fields = flatten_dict(config.to_dict(), sep='.')
+  fields = {k: v for k, v in fields.items() if k not in IN_STATE}
+  return hashlib.sha256(dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def make_program(
@@ -118,6 +132,22 @@ def make_program(
       devices,
     ),
   )
+
+
+class LastProgram:
+  """`make_program` that has the last one at hand, for runs in one process."""
+
+  def __init__(self):
+    self._key, self._program = '', None
+
+  def __call__(self, config: ConfigDict, data: Dataset) -> Program:
+    """The program of `config`, with what is compiled of one that shares it."""
+    key = program_key(config)
+    if self._program is None or key != self._key:
+      self._key, self._program = '', None
+      jax.clear_caches()
+      self._key, self._program = key, make_program(config, data)
+    return dataclasses.replace(self._program, config=config)
 
 
 def _train_steps(
