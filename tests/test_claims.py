@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import claims
-from benchmarks.claims import Cell, Kept
+from benchmarks import claims, rules
+from benchmarks.rules import Cell, Kept
 from skipinit_jax.errors import InputError
 
 
@@ -40,12 +40,12 @@ def of_depths(*, plain=False, scalar=True):
 
 
 def test_depth_agrees_only_if_all_train_and_the_plain_network_does_not():
-  text, agrees = claims.all_train(of_depths())
+  text, agrees = rules.all_train(of_depths())
   assert agrees
   assert 'depth 100: BatchNorm 91.0 ± 2.0' in text
   assert 'Neither does not train (2⁻¹⁶ to 2⁻²)' in text
-  assert not claims.all_train(of_depths(plain=True))[1]
-  assert not claims.all_train(of_depths(scalar=False))[1]
+  assert not rules.all_train(of_depths(plain=True))[1]
+  assert not rules.all_train(of_depths(scalar=False))[1]
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_depth_agrees_only_if_all_train_and_the_plain_network_does_not():
 )
 def test_a_difference_decides_only_where_its_interval_does(seeds, agrees):
   cells = {
-    row: [cell('batchnorm'), cell('skipinit', seeds)] for row in claims.DEPTHS
+    row: [cell('batchnorm'), cell('skipinit', seeds)] for row in rules.DEPTHS
   }
-  assert claims.as_good_as_bn(kept(cells))[1] is agrees
+  assert rules.as_good_as_bn(kept(cells))[1] is agrees
 
 
 @pytest.mark.parametrize(
@@ -80,15 +80,15 @@ def test_the_fall_with_the_batch_must_be_larger_than_before(gaps, agrees):
     ]
     for row, gap in zip(('64', '512'), gaps, strict=True)
   }
-  found = kept(cells, claims.EPOCHS)
-  assert claims.falls_with_the_batch(found)[1] is agrees
+  found = kept(cells, rules.EPOCHS)
+  assert rules.falls_with_the_batch(found)[1] is agrees
 
 
 def test_rates_are_alike_where_their_ranges_meet():
   def found(low, high):
     ours = cell('skipinit', within_error=[low, high])
     cells = {'8': [cell('batchnorm'), ours]}
-    return claims.rates_alike(kept(cells, claims.EPOCHS))[1]
+    return rules.rates_alike(kept(cells, rules.EPOCHS))[1]
 
   assert found(-6, -4)
   assert not found(-6, -5)
