@@ -191,6 +191,21 @@ DEPTH = Study(
   source=f'{published.DEPTH_SOURCE} and, for SkipInit 1, table 2',
 )
 
+HEADLINE = Study(
+  name='headline',
+  title='Accuracy against depth, in half an hour',
+  question='Depth without its shallow and its slow rows: do the same networks '
+  'train and fail?',
+  grids=on_small(
+    fields=DIGITS | train_for(12.0) | {'watch_every_steps': None},
+    rows=depths(16, 100),
+    columns=DEPTH_COLUMNS,
+    rates=(-6, -4, -2),
+    choices='n-1 Wide-ResNets, 12 epochs with a cosine; the batch and shifts '
+    'of the recipe.',
+  ),
+)
+
 ABLATION_COLUMNS = ('skipinit', 'skipinit_1', 'divide_sqrt2', 'skipinit_no_l2')
 ABLATIONS = Study(
   name='ablations',
@@ -393,6 +408,7 @@ STUDIES = {
   s.name: s
   for s in (
     DEPTH,
+    HEADLINE,
     ABLATIONS,
     FIXUP_PARTS,
     BATCH_SIZE,
