@@ -1,19 +1,23 @@
 """Each claim of the papers, and what came of it here.
 
   python -m benchmarks.claims keep runs/ablations-digits  # docs/ablations.json
+  python -m benchmarks.claims keep runs/analysis          # docs/analysis.json
   python -m benchmarks.claims                             # docs/claims.md
 
 `keep` takes the means of a study's results.json, after `experiments report`,
-without its single runs. `docs/claims.md` is made from all that was kept; README
-shows its counts.
+without its single runs, or what claims need of `analysis all`. `docs/claims.md`
+is made from all that was kept; README shows its counts.
 """
 
 import dataclasses
 import json
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks import rules
 from skipinit_jax import cli, markdown
@@ -147,6 +151,47 @@ CLAIMS = (
     rules.post_norm_fails,
   ),
   Claim(
+    'Adaptive clipping lets networks without normalization train at larger '
+    'batches',
+    'Brock et al. 2021',
+    'large_batch',
+    'at batch 1152, a normalizer-free network is ahead with it',
+    rules.clipping_regains,
+  ),
+  Claim(
+    "With batch normalization block l's branch has 1/(l + 1) of its variance; "
+    'without, each block doubles the variance',
+    f'{DE_SMITH}, section 1',
+    'analysis',
+    'within a tenth in the median; a factor of 2 within 0.2',
+    rules.branches_are_small,
+  ),
+  Claim(
+    'Gradients come by short paths',
+    'Veit, Wilber, Belongie 2016; section 3',
+    'analysis',
+    'less than half of the blocks, which all paths pass on average',
+    rules.paths_are_short,
+  ),
+  Claim(
+    'A trained residual network hardly needs any single block, and fails '
+    'smoothly as more are deleted',
+    'Veit, Wilber, Belongie 2016; section 4',
+    'analysis',
+    'less than 5 points without one in the median; the error grows with their '
+    'number',
+    rules.lesions_are_smooth,
+  ),
+  Claim(
+    'Gradients of deep networks without skip paths look like white noise; skip '
+    'paths, and small branches more, keep them correlated',
+    'Balduzzi et al. 2017',
+    'analysis',
+    'at 50 layers the correlation is below 0.1, larger with skip paths, and '
+    'larger still with branches times 0.1',
+    rules.gradients_shatter,
+  ),
+  Claim(
     'With Dropout and biases SkipInit is ahead of batch normalization on '
     'ImageNet at batches of 256 and 1024',
     f'{DE_SMITH}, table 3; the review',
@@ -227,21 +272,53 @@ claim is undecided where an interval leaves it open.
 
 
 def keep(workdir: Path) -> Path:
-  """Keeps the means of a study that has a report; returns the file."""
-  path = workdir / JSON
-  try:
-    results = json.loads(path.read_text())
-  except (OSError, ValueError):
-    raise InputError(
-      f'{path}: expected the results of a study; first python -m '
-      f'skipinit_jax.experiments report {workdir}'
-    ) from None
-  del results['runs']
-  for cell in results['cells']:
-    del cell['held_out']
-  kept = DOCS / f'{results["study"]}.json'
+  """Keeps the means of a study or of analyses; returns the file."""
+  if (workdir / 'lesions.json').exists():
+    kept, results = DOCS / 'analysis.json', of_analysis(workdir)
+  else:
+    results = read_results(workdir / JSON)
+    del results['runs']
+    for cell in results['cells']:
+      del cell['held_out']
+    kept = DOCS / f'{results["study"]}.json'
   write_json(kept, results)
   return kept
+
+
+def of_analysis(workdir: Path) -> dict[str, Any]:
+  """What claims need of `python -m skipinit_jax.analysis all`."""
+  kinds = ('propagation', 'paths', 'lesions', 'shattered')
+  found = {kind: read_results(workdir / f'{kind}.json') for kind in kinds}
+
+  def only(kind: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {m: {n: each[n] for n in names} for m, each in kind.items()}
+
+  start = {m: found['propagation']['100'][m] for m in ('batchnorm', 'none')}
+  paths = only(found['paths'], 'effective_depth', 'interval')
+  for method, each in found['paths'].items():
+    paths[method]['blocks'] = len(each['norm']) - 1
+  shattered = {
+    name: value if name == 'depths' else np.mean(value, -2).tolist()
+    for name, value in found['shattered'].items()
+  }
+  names = ('whole', 'single', 'several', 'deleted')
+  return {
+    'propagation': only(start, 'share', 'expected_share', 'output'),
+    'paths': paths,
+    'lesions': only(found['lesions'], *names),
+    'shattered': shattered,
+  }
+
+
+def read_results(path: Path) -> Any:
+  """Results in JSON; InputError if there are none."""
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError):
+    raise InputError(
+      f'{path}: expected results; first python -m skipinit_jax.experiments '
+      f'report {path.parent}, or analysis all --out={path.parent}'
+    ) from None
 
 
 def main() -> None:

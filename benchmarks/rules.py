@@ -5,6 +5,8 @@ that agrees with the claim; None where the intervals leave it open.
 """
 
 import dataclasses
+import itertools
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,16 +75,20 @@ def less(ours: Cell, theirs: Cell) -> tuple[float, float]:
   return found
 
 
+def in_words(mean: float, half: float) -> str:
+  """A difference on one line, in points."""
+  return difference(mean, half).replace('\n', ' ')
+
+
 def by_row(name: str, found: Mapping[str, tuple[float, float]]) -> str:
   """Differences in words, in points.
 
   >>> by_row('batch', {'64': (-0.02, 0.01)})
   'batch 64: \u22122.0 ± 1.0 behind'
   """
-  words = {
-    row: difference(*each).replace('\n', ' ') for row, each in found.items()
-  }
-  return '; '.join(f'{name} {row}: {text}' for row, text in words.items())
+  return '; '.join(
+    f'{name} {row}: {in_words(*each)}' for row, each in found.items()
+  )
 
 
 def sign(difference: tuple[float, float]) -> int:
@@ -221,3 +227,71 @@ def post_norm_fails(kept: Mapping[str, Any]) -> tuple[str, bool]:
   text = ', '.join(f'{kind} {found[kind]:.1f}' for kind in kinds)
   agrees = found['postnorm'] < 20 < min(found['prenorm'], found['skipinit'])
   return f'64 blocks: {text}', agrees
+
+
+def clipping_regains(kept: Kept) -> tuple[str, bool | None]:
+  """Large batches: adaptive clipping is ahead of none, for `nf` at 1152."""
+  found = {
+    m: less(kept('1152', m, f'{EPOCHS}, clipped'), kept('1152', m, EPOCHS))
+    for m in ('nf', 'skipinit')
+  }
+  words = [f'{VARIANTS[m].label} {in_words(*d)}' for m, d in found.items()]
+  agrees = {-1: False, 0: None, 1: True}[sign(found['nf'])]
+  return f'batch 1152: {", ".join(words)}', agrees
+
+
+def branches_are_small(kept: Mapping[str, Any]) -> tuple[str, bool]:
+  """Propagation, depth 100: shares of branches, and the growth of a block."""
+  norm, plain = (kept['propagation'][m] for m in ('batchnorm', 'none'))
+  off = [
+    abs(ours / theory - 1)
+    for ours, theory in zip(norm['share'], norm['expected_share'], strict=True)
+  ]
+  first, last = plain['output'][0], plain['output'][-1]
+  growth = (last / first) ** (1 / (len(plain['output']) - 1))
+  text = (
+    f"depth 100: with batch normalization a branch's share differs by "
+    f'{statistics.median(off):.0%} in the median, {max(off):.0%} at most; '
+    f'without, a block multiplies the second moment by {growth:.2f}'
+  )
+  return text, statistics.median(off) < 0.1 and abs(growth - 2) < 0.2
+
+
+def paths_are_short(kept: Mapping[str, Any]) -> tuple[str, bool]:
+  """Paths: with batch normalization, gradients pass less than half the blocks.
+
+  Half is what they pass if all paths are alike.
+  """
+  found = kept['paths']['batchnorm']
+  depth, half, blocks = (
+    found[k] for k in ('effective_depth', 'interval', 'blocks')
+  )
+  text = f'{depth:.1f} ± {half:.1f} of {blocks} blocks'
+  return text, depth + half < blocks / 2
+
+
+def lesions_are_smooth(kept: Mapping[str, Any]) -> tuple[str, bool]:
+  """Lesions: without one block, the error stays near; without many it grows."""
+  found = kept['lesions']['batchnorm']
+  whole = found['whole']
+  single = statistics.median(found['single'])
+  several = [statistics.fmean(draws) for draws in found['several']]
+  text = (
+    f'test error {whole:.1%}; without one block {single:.1%} '
+    f'in the median; without {found["deleted"][-1]} of {len(found["single"])} '
+    f'{several[-1]:.1%}'
+  )
+  grows = all(b > a - 0.05 for a, b in itertools.pairwise(several))
+  return text, single - whole < 0.05 and grows and several[-1] > 2 * single
+
+
+def gradients_shatter(kept: Mapping[str, Any]) -> tuple[str, bool]:
+  """Shattered gradients, 50 layers: correlation of neighbouring inputs."""
+  found = kept['shattered']
+  at = found['depths'].index(50)
+  kinds = ('feedforward_bn', 'batchnorm_1', 'batchnorm_0.1', 'skipinit')
+  values = [statistics.fmean(found[kind][at][1:6]) for kind in kinds]
+  names = ('feed-forward', 'skip paths', 'branches times 0.1', 'SkipInit 0')
+  text = ', '.join(f'{n} {v:.2f}' for n, v in zip(names, values, strict=True))
+  rises = all(a < b for a, b in itertools.pairwise(values[:3]))
+  return f'lags 1 to 5: {text}', rises and values[0] < 0.1

@@ -107,7 +107,7 @@ def test_every_claim_has_a_test_or_a_reason(claim):
 
 def test_what_is_kept_has_no_single_runs(tmp_path, monkeypatch):
   monkeypatch.setattr(claims, 'DOCS', tmp_path)
-  with pytest.raises(InputError, match='expected the results of a study'):
+  with pytest.raises(InputError, match='expected results; first'):
     claims.keep(tmp_path)
   values = dict(cell('none').values, panel='', row='16', held_out={'-2': {}})
   results = {'study': 'depth', 'cells': [values], 'runs': [{'id': 'abc'}]}
@@ -116,6 +116,93 @@ def test_what_is_kept_has_no_single_runs(tmp_path, monkeypatch):
   assert 'abc' not in (tmp_path / 'depth.json').read_text()
   assert claims.read('depth')('16', 'none').text == 'Neither 91.0 ± 2.0'
   assert claims.read('ablations') is None
+
+
+def analysed(**changes):
+  """What was kept of analyses that agree with every claim, with changes."""
+  found = {
+    'propagation': {
+      'batchnorm': {'share': [0.5, 0.34], 'expected_share': [0.5, 1 / 3]},
+      'none': {'output': [2.0, 4.1, 7.9]},
+    },
+    'paths': {
+      'batchnorm': {'effective_depth': 3.0, 'interval': 0.2, 'blocks': 18}
+    },
+    'lesions': {
+      'batchnorm': {
+        'whole': 0.02,
+        'single': [0.03, 0.02, 0.9, 0.04],
+        'several': [[0.03, 0.05], [0.2, 0.1], [0.8, 0.9]],
+        'deleted': [1, 2, 3],
+      }
+    },
+    'shattered': {
+      'depths': [2, 50],
+      **{
+        name: [[1.0] * 16, [1.0, *15 * [at_50]]]
+        for name, at_50 in (
+          ('feedforward_bn', 0.01),
+          ('batchnorm_1', 0.3),
+          ('batchnorm_0.1', 0.8),
+          ('skipinit', 0.99),
+        )
+      },
+    },
+  }
+  for path, value in changes.items():
+    *names, last = path.split('__')
+    place = found
+    for name in names:
+      place = place[name]
+    place[last] = value
+  return found
+
+
+@pytest.mark.parametrize(
+  ('rule', 'change'),
+  [
+    (rules.branches_are_small, {'propagation__none__output': [2.0, 3.0, 4.0]}),
+    (rules.branches_are_small, {'propagation__batchnorm__share': [0.5, 0.5]}),
+    (rules.paths_are_short, {'paths__batchnorm__interval': 7.0}),
+    (rules.lesions_are_smooth, {'lesions__batchnorm__single': [0.3] * 4}),
+    (
+      rules.lesions_are_smooth,
+      {'lesions__batchnorm__several': [[0.9], [0.1], [0.8]]},
+    ),
+    (
+      rules.gradients_shatter,
+      {'shattered__feedforward_bn': [[1.0] * 16, [0.2] * 16]},
+    ),
+    (
+      rules.gradients_shatter,
+      {'shattered__batchnorm_1': [[1.0] * 16, [0.9] * 16]},
+    ),
+  ],
+)
+def test_analyses_agree_until_what_they_found_is_changed(rule, change):
+  assert rule(analysed())[1] is True
+  assert rule(analysed(**change))[1] is False
+
+
+@pytest.mark.parametrize(
+  ('gap', 'agrees'), [(0.2, True), (-0.2, False), (0.0, None)]
+)
+def test_clipping_regains_where_its_interval_says_so(gap, agrees):
+  seeds = (0.5, 0.52, 0.51)
+  clipped = tuple(
+    s + gap + d for s, d in zip(seeds, (0, 0.01, -0.01), strict=True)
+  )
+  cells = {
+    (panel, '1152', m): cell(m, values)
+    for m in ('nf', 'skipinit')
+    for panel, values in (
+      (rules.EPOCHS, seeds),
+      (f'{rules.EPOCHS}, clipped', clipped),
+    )
+  }
+  text, found = rules.clipping_regains(Kept(cells))
+  assert found is agrees
+  assert 'batch 1152' in text
 
 
 def test_the_page_is_made_from_what_was_kept():
