@@ -363,6 +363,32 @@ def test_a_cell_that_fails_is_tried_down_to_the_bound():
     assert fails.why_not == 'all 12 runs diverged, at rates of 2^-14 to 2^-4'
 
 
+@pytest.mark.parametrize(
+  ('trains', 'diverges', 'tried'),
+  [
+    (-2, 1, [-6, -4, -2, 0]),  # Larger ones may train: they come first.
+    (-10, -2, [-12, -10, -8, -6, -4, -2]),  # Up until one diverges, then down.
+    (9, 9, [-12, -10, -8, -6, -4, -2, 0, 2]),  # Nothing: both bounds.
+  ],
+)
+def test_where_nothing_trains_and_nothing_diverges_larger_rates_are_tried(
+  trains, diverges, tried
+):
+  grid = tiny(widest=(-12, 3))
+
+  def rule(run):
+    if run.rate >= diverges:
+      return outcome(0.0, 'diverged', None)
+    return outcome(0.9 if run.rate == trains else 0.1)
+
+  fake = Fake(rule)
+  finish(fake, grid)
+  for cell in cells(grid):
+    summary = summarize(grid, cell, fake)
+    assert list(summary.tried) == tried
+    assert summary.trains == (trains in tried)
+
+
 def test_a_row_can_have_fewer_seeds():
   grid = tiny(seeds=4, tuning_seeds=3, best=4, fewer={'16': (1, 2)})
   fake = Fake(lambda run: outcome(0.5 + run.seed / 100))

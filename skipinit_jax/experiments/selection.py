@@ -233,7 +233,8 @@ def wider(
 
   Args:
     by_rate: of all exponents tried so far.
-    good: whether any of them trains; if not, smaller ones are tried.
+    good: whether any of them trains; if not, larger ones are tried until one
+      diverges, then smaller ones.
     widest: the smallest and the largest exponent to try.
 
   Returns:
@@ -242,14 +243,13 @@ def wider(
   if widest is None or len(by_rate) < 2:
     return []
   tried = sorted(by_rate)
-  best = choose_rate(by_rate)[0] if good else tried[0]
-  if best == tried[0]:
-    rate = 2 * tried[0] - tried[1]
-  elif best == tried[-1]:
-    rate = 2 * tried[-1] - tried[-2]
+  smaller, larger = 2 * tried[0] - tried[1], 2 * tried[-1] - tried[-2]
+  if good:
+    at = {tried[0]: [smaller], tried[-1]: [larger]}
+    rates = at.get(choose_rate(by_rate)[0], [])
   else:
-    return []
-  return [rate] if widest[0] <= rate <= widest[1] else []
+    rates = [smaller] if by_rate[tried[-1]].diverged else [larger, smaller]
+  return [rate for rate in rates if widest[0] <= rate <= widest[1]][:1]
 
 
 def beats_chance(result: Mean, outcomes: Sequence[Outcome]) -> bool:

@@ -94,12 +94,12 @@ def train_for(epochs: float) -> dict[str, Any]:
 
 
 # Small enough for minutes on two CPU cores.
-DIGITS = {
+UNWATCHED = {
   **train_for(8.0),
   'checkpoint_every_steps': 100,
   'optimizer.l2': 5e-4,
-  'watch_every_steps': 45,
 }
+DIGITS = {**UNWATCHED, 'watch_every_steps': 45}
 CIFAR = {'model.width': 2, 'eval_every_epochs': 10.0, 'watch_every_steps': 500}
 ONE_EPOCH = {**train_for(1.0), 'schedule.name': 'constant'}
 OURS = 'Everything but the method is our choice:'
@@ -197,7 +197,7 @@ HEADLINE = Study(
   question='Depth without its shallow and its slow rows: do the same networks '
   'train and fail?',
   grids=on_small(
-    fields=DIGITS | train_for(12.0) | {'watch_every_steps': None},
+    fields=UNWATCHED | train_for(12.0),
     rows=depths(16, 100),
     columns=DEPTH_COLUMNS,
     rates=(-6, -4, -2),
@@ -302,7 +302,7 @@ LARGE_BATCH = Study(
   'what regains how much of it?',
   grids={
     name: on_small(
-      fields=DIGITS | {'model.depth': 16, 'watch_every_steps': None},
+      fields=UNWATCHED | {'model.depth': 16},
       # With as many steps nothing falls here (batch_size): nothing to repair.
       panels=with_remedies(budgets(epochs=16.0, batch=256), 'constant epochs'),
       rows=batches(*sizes),
@@ -392,7 +392,7 @@ RATE_LAW = Study(
   question='How does the best learning rate fall with the depth, and with the '
   'effective depth that is measured?',
   grids=on_small(
-    fields=DIGITS | {'watch_every_steps': None},
+    fields=UNWATCHED,
     rows=depths(16, 28, 52, 100),
     columns=('batchnorm', 'fixup', 'skipinit_sqrt', 'skipinit'),
     rates=(-7, -6, -5, -4, -3, -2),
