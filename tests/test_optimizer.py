@@ -427,3 +427,26 @@ def test_fixup_has_one_rate_where_the_recipe_says_so():
 @pytest.mark.parametrize('method', sorted(METHODS.keys() - {'fixup'}))
 def test_other_methods_have_one_rate(method):
   assert_close(run(recipe(), method), by_hand(recipe()))
+
+
+@pytest.mark.parametrize('name', ['sgd', 'lars', 'muon'])
+@pytest.mark.parametrize('method', ['skipinit', 'fixup'])
+def test_the_rate_is_no_part_of_the_program(name, method):
+  """Runs that differ in their rate share one, see `program.IN_STATE`."""
+  params = WideResNet(10, 1, num_classes=10, method=method).init(
+    jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False
+  )['params']
+  programs = []
+  for rate in (0.1, 0.37):
+    config = recipe(
+      name=name,
+      learning_rate=rate,
+      reference_batch=7,
+      l2=1e-4,
+      adaptive_clip=0.1,
+    )
+    tx = make_optimizer(config, METHODS[method])
+    state = tx.init(params)
+    made = jax.jit(tx.update).lower(params, state, params)
+    programs.append(made.as_text())
+  assert programs[0] == programs[1]
