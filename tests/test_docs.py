@@ -56,9 +56,28 @@ def name(path):
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
-  namespace = {'__name__': page.stem}
-  for block in blocks(page, 'python'):
-    exec(compile(block, page.name, 'exec'), namespace)
+  namespace, source = {'__name__': page.stem}, ''
+  for block in blocks(page, '(?:python|diff)'):
+    diff = block.startswith(('-', '+'))
+    source = changed(source, block) if diff else block
+    exec(compile(source, page.name, 'exec'), namespace)
+
+
+def changed(source, diff):
+  """The block of Python before a diff, with its lines taken out and put in.
+
+  A run of lines that is put in comes where the first of as many that were taken
+  out stood; the changes of a page are at most three lines each.
+  """
+  out = [line[1:] for line in diff.splitlines() if line[0] == '-']
+  put = [line[1:] for line in diff.splitlines() if line[0] == '+']
+  assert len(put) <= 3
+  ours = source.splitlines()
+  first = len(out) - len(put)  # These go, without anything in their place.
+  for i, line in enumerate(out):
+    at = ours.index(line)
+    ours[at : at + 1] = [] if i < first else [put[i - first]]
+  return '\n'.join(ours)
 
 
 def commands(path):
