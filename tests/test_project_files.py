@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 URL = PROJECT['urls']['Repository']
 RAW = URL.replace('github.com', 'raw.githubusercontent.com') + '/main/'
-TOOLS = {'pip', 'python', 'ruff', 'basedpyright', 'pytest', 'mkdocs'}
+TOOLS = {'pip', 'python', 'ruff', 'basedpyright', 'pytest', 'zensical'}
 
 
 def load(name):
