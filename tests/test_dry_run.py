@@ -93,7 +93,7 @@ def test_the_bound_is_that_of_all_steps(no_compiler, tmp_path, capsys):
   out = dry(capsys, *arguments, '--topology=h100x1')
   steps = estimate.cost(GRID)['images'] / 128
   days = duration(2 * steps)
-  assert f'on NVIDIA H100 80GB HBM3: at least about {days} by a bound' in out
+  assert f'NVIDIA H100 80GB HBM3: at least about {days} by a bound' in out
   assert f'; {10 * steps:.2g} kernels to start come on top' in out
   assert no_compiler == [(d, 'none', 'h100x1') for d in (16, 100, 1000)]
 

@@ -191,12 +191,10 @@ def dry_run(grid: Grid, workdir: Path, topology: str | None) -> None:
     topology: a GPU to compute the time for; None: the device that is here.
   """
   left = wanted(grid, Results(workdir))
+  time = time_on(grid, topology) if topology else f'here: {time_here(grid)}'
   print(grid_lines(grid))
   print(f'{len(left)} runs to start with, {price(grid)}')
-  if topology:
-    print(f'on {time_on(grid, topology)}')
-  else:
-    print(f'here: {time_here(grid)}')
+  print(time)
   try:
     check(grid)
   except InputError as error:  # Such as images that are to be prepared.

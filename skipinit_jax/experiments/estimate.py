@@ -1,5 +1,6 @@
 """The cost of a study, before it starts."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -11,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from skipinit_jax.ahead_of_time.chips import GPUS, Gpu, Slice, topology
+from skipinit_jax.ahead_of_time.chips import (
+  GPUS,
+  Gpu,
+  Slice,
+  platform_of,
+  topology,
+)
 from skipinit_jax.ahead_of_time.measure import measure
 from skipinit_jax.data.stand_in import stand_in
 from skipinit_jax.errors import InputError
@@ -89,9 +96,10 @@ def time_on(grid: Grid, name: str) -> str:
   Raises:
     InputError: another topology, or its compiler is missing.
   """
-  where = topology(name)
-  if not isinstance(where.chip, Gpu) or where.chips > 1:
+  where = topology(name) if platform_of(name) == 'gpu' else None
+  if where is None or where.chips > 1:
     raise InputError(f'--topology={name}: expected one GPU, as in h100x1')
+  assert isinstance(where.chip, Gpu)
   seconds, launches = bound(grid, where)
   return (
     f'{where.chip.name}: at least about {duration(seconds)} by a bound, not '
@@ -118,7 +126,7 @@ def bound(grid: Grid, where: Slice) -> tuple[float, float]:
   ]
   for part in tqdm.tqdm(parts, 'compiling', disable=None, leave=False):
     run = make_run(part, next(cells(part)), grid.rates[0], 0, TEST)
-    config = set_fields(run.config, {'model.method': 'none'})
+    config = set_fields(copy.deepcopy(run.config), {'model.method': 'none'})
     step = measure(config, where, evaluation=False)
     steps = cost(part)['images'] / config.batch_size
     seconds += steps * max(step['compute_seconds'], step['memory_seconds'])
