@@ -14,10 +14,8 @@ import pytest
 from runs import ROOT
 
 LAUNCH = ROOT / 'launch'
-COMMANDS = (
-  *('gcloud', 'git', 'sudo', 'sleep', 'python', 'pip', 'python3.11'),
-  *('sbatch', 'srun', 'scontrol'),
-)
+TPU_COMMANDS = ('gcloud', 'git', 'sudo', 'sleep', 'python', 'pip', 'python3.11')
+COMMANDS = (*TPU_COMMANDS, 'sbatch', 'srun', 'scontrol')
 
 
 class Cluster:
@@ -63,6 +61,8 @@ class Cluster:
       os.killpg(process.pid, signal.SIGKILL)
       for run in self.folder.glob('hosts/*/train.pid'):
         os.killpg(int(run.read_text()), signal.SIGKILL)
+      for task in self.folder.glob('pid.*'):
+        os.kill(int(task.read_text()), signal.SIGKILL)
       raise
     return subprocess.CompletedProcess(command, process.returncode, *output)
 
@@ -238,7 +238,10 @@ def test_tpu_slice_is_made_trained_on_and_deleted(tmp_path):
   assert actions(cluster) == [
     'describe',
     'create',
-    *['describe'] * 4,
+    'describe',
+    'describe',
+    'describe',
+    'describe',
     'ssh',
     'ssh',
     'describe',
