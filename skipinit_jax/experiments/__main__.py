@@ -190,8 +190,8 @@ def dry_run(grid: Grid, workdir: Path, topology: str | None) -> None:
     workdir: of the study, which need not exist.
     topology: a GPU to compute the time for; None: the device that is here.
   """
-  left = wanted(grid, Results(workdir))
   time = time_on(grid, topology) if topology else f'here: {time_here(grid)}'
+  left = wanted(grid, Results(workdir))
   print(grid_lines(grid))
   print(f'{len(left)} runs to start with, {price(grid)}')
   print(time)
