@@ -1,6 +1,7 @@
 """The command line of the studies.
 
 python -m skipinit_jax.experiments list
+python -m skipinit_jax.experiments run depth --dataset=digits --dry-run
 python -m skipinit_jax.experiments run depth --dataset=digits
 python -m skipinit_jax.experiments report depth --dataset=digits
 python -m skipinit_jax.experiments report depth runs/another
@@ -21,7 +22,12 @@ from skipinit_jax import cli
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments import engines
-from skipinit_jax.experiments.estimate import SUSTAINED_RATE, cost
+from skipinit_jax.experiments.estimate import (
+  SUSTAINED_RATE,
+  cost,
+  time_here,
+  time_on,
+)
 from skipinit_jax.experiments.grid import TEST, VALIDATION, Grid, cells
 from skipinit_jax.experiments.runner import (
   STUDY,
@@ -105,6 +111,14 @@ def parser() -> cli.Parser:
       action.add_argument('other', nargs='?', help='another, to set beside it')
     if name != 'run':
       continue
+    action.add_argument(
+      '--dry-run',
+      action='store_true',
+      help='print what would run and what it costs here; change nothing',
+    )
+    action.add_argument(
+      '--topology', help='dry run: a GPU that is not here, such as h100x1'
+    )
     action.add_argument('--engine', default='local', choices=ENGINES)
     action.add_argument(
       '--jobs',
@@ -135,10 +149,17 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
   study, grid = find_study(args.study, args.dataset)
   fields = parse_fields(load_recipe(grid.recipe), texts)
   grid = dataclasses.replace(grid, overrides=fields)
+  workdir = study_folder(args)
+  if args.topology and not args.dry_run:
+    raise InputError('--topology goes with --dry-run')
+  if args.dry_run:
+    if (workdir / STUDY).exists():  # Else it would be made.
+      open_study(workdir, study, grid, args.dataset)
+    dry_run(grid, workdir, args.topology)
+    return
   check(grid)
   if args.engine == 'ray':
     engines.require_ray()
-  workdir = study_folder(args)
   open_study(workdir, study, grid, args.dataset)
   results = Results(workdir)
   left = wanted(grid, results)
@@ -168,6 +189,28 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
       file=sys.stderr,
     )
     sys.exit(cli.FAILED)
+
+
+def dry_run(grid: Grid, workdir: Path, topology: str | None) -> None:
+  """Prints what would run and what it costs, and changes nothing.
+
+  Args:
+    grid: of the study.
+    workdir: of the study, which need not exist.
+    topology: a GPU to compute the time for; None: the device that is here.
+  """
+  time = time_on(grid, topology) if topology else f'here: {time_here(grid)}'
+  left = wanted(grid, Results(workdir))
+  print(grid_lines(grid))
+  print(f'{len(left)} runs to start with, {price(grid)}')
+  print(time)
+  try:
+    check(grid)
+  except InputError as error:  # Such as images that are to be prepared.
+    print(f'before it can run: {error}')
+  if left:
+    print(f'the first: {left[0].command(workdir)}')
+  print('nothing was run or written')
 
 
 def report(args: argparse.Namespace, texts: Texts) -> None:

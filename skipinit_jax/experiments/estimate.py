@@ -1,18 +1,33 @@
 """The cost of a study, before it starts."""
 
+import copy
+import dataclasses
 import functools
 import math
+import os
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import tqdm
 
+from skipinit_jax.ahead_of_time.chips import (
+  GPUS,
+  Gpu,
+  Slice,
+  platform_of,
+  topology,
+)
+from skipinit_jax.ahead_of_time.measure import measure
 from skipinit_jax.data.stand_in import stand_in
-from skipinit_jax.experiments.grid import TEST, Grid, Run, cells, make_run
+from skipinit_jax.errors import InputError
+from skipinit_jax.experiments.grid import TEST, Axis, Grid, Run, cells, make_run
 from skipinit_jax.experiments.selection import seeds_of
+from skipinit_jax.experiments.words import duration
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.network import build_model
+from skipinit_jax.training.recipes import set_fields
 
 # Seconds of a CPU core, measured on the digits (large_batch): at least for a
 # layer of a step, for a run beside its steps, and for compiling what the runs
@@ -50,6 +65,73 @@ def cost(grid: Grid) -> dict[str, float]:
     'cpu_seconds': seconds,
     'device_seconds': flops / SUSTAINED_RATE,
   }
+
+
+def time_here(grid: Grid) -> str:
+  """The time of a whole grid on the device that JAX finds, in words."""
+  # The runs need the memory, which JAX would take at its first look.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  device = jax.devices()[0]
+  if device.platform == 'cpu':
+    cores = os.cpu_count() or 1
+    seconds = cost(grid)['cpu_seconds'] / cores
+    return f'{cores} CPU cores: roughly {duration(seconds)} with --jobs={cores}'
+  for name, gpu in GPUS.items():
+    if gpu.name == device.device_kind:
+      return time_on(grid, f'{name}x1')
+  seconds = cost(grid)['device_seconds']
+  return (
+    f'{device.device_kind}: {duration(seconds)} at a sustained '
+    f'{SUSTAINED_RATE / 1e12:.0f} TFLOP/s'
+  )
+
+
+def time_on(grid: Grid, name: str) -> str:
+  """A bound on the time of a whole grid on a GPU, in words.
+
+  Args:
+    grid: of the study.
+    name: a topology of one GPU, such as 'h100x1'.
+
+  Raises:
+    InputError: another topology, or its compiler is missing.
+  """
+  where = topology(name) if platform_of(name) == 'gpu' else None
+  if where is None or where.chips > 1:
+    raise InputError(f'--topology={name}: expected one GPU, as in h100x1')
+  assert isinstance(where.chip, Gpu)
+  seconds, launches = bound(grid, where)
+  return (
+    f'{where.chip.name}: at least about {duration(seconds)} by a bound, not '
+    'measured: the plain network of each size, every byte from memory; '
+    f'{launches:.2g} kernels to start come on top'
+  )
+
+
+def bound(grid: Grid, where: Slice) -> tuple[float, float]:
+  """Seconds and started kernels of a whole grid on a GPU, by `ahead_of_time`.
+
+  Every method is counted as the plain network of its size, which does what all
+  of them do: one compilation for each panel and row.
+  """
+  seconds = launches = 0.0
+  parts = [
+    dataclasses.replace(
+      grid,
+      panels=Axis(grid.panels.name, {panel: grid.panels.values[panel]}),
+      rows=Axis(grid.rows.name, {row: grid.rows.values[row]}),
+    )
+    for panel in grid.panels.values
+    for row in grid.rows.values
+  ]
+  for part in tqdm.tqdm(parts, 'compiling', disable=None, leave=False):
+    run = make_run(part, next(cells(part)), grid.rates[0], 0, TEST)
+    config = set_fields(copy.deepcopy(run.config), {'model.method': 'none'})
+    step = measure(config, where, evaluation=False)
+    steps = cost(part)['images'] / config.batch_size
+    seconds += steps * max(step['compute_seconds'], step['memory_seconds'])
+    launches += steps * step['launches']
+  return seconds, launches
 
 
 def most_widened(grid: Grid) -> int:
