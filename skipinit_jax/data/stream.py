@@ -53,12 +53,14 @@ class Stream:
       images than this share of a split end the run.
     train, evaluation: the records.
     augmentation: the device's part.
+    form: see `Source`.
   """
 
   config: ConfigDict
   train: Records
   evaluation: Records
   augmentation: Augmentation
+  form: str = ''
 
   resident: ClassVar[bool] = False
 
@@ -251,7 +253,7 @@ def open_stream(config: ConfigDict) -> Stream:
   augmentation = make_augmentation(
     config, len(source.classes), shape, MEAN, STD
   )
-  return Stream(config, train, evaluation, augmentation)
+  return Stream(config, train, evaluation, augmentation, source.form)
 
 
 def _open_split(source: Source, split: str, size: int) -> Records:
