@@ -220,7 +220,8 @@ def test_a_folder_that_holds_nothing_is_not_taken_for_prepared(tmp_path):
 @needs_tensorflow
 def test_a_damaged_inner_archive_leaves_nothing_behind(tmp_path):
   manual = write_archives(tmp_path / 'manual')
-  outer = {'n01440764.tar': b'not an archive' * 100}
+  outer = {f'{synset}.tar': tar({}) for synset in imagenet.synsets()}
+  outer['n01440764.tar'] = b'not an archive' * 100
   (manual / 'ILSVRC2012_img_train.tar').write_bytes(tar(outer))
   done = command(
     'prepare',
