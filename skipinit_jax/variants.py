@@ -56,8 +56,20 @@ _PLAIN_FIXUP = _FIXUP | {
 }
 _BIASED_SKIPINIT = _SKIPINIT | {'model.biases': True, 'model.dropout': 0.0}
 
+# Brock et al. 2021: 0.01 at 4096 images, more for smaller batches.
+CLIPPED: Fields = {
+  'optimizer.adaptive_clip': lambda f: 0.01 * 4096 / f['batch_size']
+}
+
 VARIANTS: dict[str, Variant] = {
   'batchnorm': Variant(_BATCHNORM, 'BatchNorm', ORANGE, 's', '--'),
+  'batchnorm_whole': Variant(
+    _BATCHNORM | {'model.statistics_group': 'all'},
+    'BatchNorm, whole batch',
+    OLIVE,
+    '>',
+    '--',
+  ),
   'fixup': Variant(_FIXUP, 'Fixup', GREEN, 'D', '-.'),
   'skipinit_sqrt': Variant(
     _SKIPINIT | {'model.alpha': '1/sqrt(d)'}, 'SkipInit 1/√d', SKY, '^', '-'
@@ -108,7 +120,7 @@ VARIANTS: dict[str, Variant] = {
     _PLAIN_FIXUP | _DROPOUT, 'Fixup + Dropout', GREEN, 'D', '-.'
   ),
   'imagenet:regularized_skipinit': Variant(
-    _BIASED_SKIPINIT | _DROPOUT, 'Regularized SkipInit', BLUE, 'o', '-'
+    _BIASED_SKIPINIT | _DROPOUT, 'Regularized SkipInit', BLUE, 'P', '--'
   ),
   'imagenet:batchnorm_dropout': Variant(
     _PLAIN_BATCHNORM | _DROPOUT,
@@ -118,10 +130,7 @@ VARIANTS: dict[str, Variant] = {
     '--',
   ),
   'clipped': Variant(
-    # Brock et al. 2021: 0.01 at 4096 images, more for smaller batches.
-    _BIASED_SKIPINIT
-    | _DROPOUT
-    | {'optimizer.adaptive_clip': lambda f: 0.01 * 4096 / f['batch_size']},
+    _BIASED_SKIPINIT | _DROPOUT | CLIPPED,
     'Regularized SkipInit + adaptive clipping (ours)',
     PINK,
     'v',

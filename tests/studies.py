@@ -3,9 +3,16 @@
 import dataclasses
 import json
 
-from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell, cells
+from skipinit_jax.experiments.grid import (
+  TEST,
+  VALIDATION,
+  Axis,
+  Cell,
+  Grid,
+  cells,
+)
 from skipinit_jax.experiments.selection import runs_at
-from skipinit_jax.experiments.studies import Axis, Grid, Study
+from skipinit_jax.experiments.studies import Study
 from skipinit_jax.published import FAILS, Accuracy
 
 # Seconds a run, most of it the start of a process.

@@ -41,6 +41,7 @@ def command(capsys, *args):
 def test_paths_of_every_method_and_of_a_run(tmp_path, capsys, monkeypatch):
   few = {name: cli.METHODS[name] for name in ('batchnorm', 'skipinit')}
   monkeypatch.setattr(cli, 'METHODS', few)
+  monkeypatch.setattr(cli, 'DRAWS', 2)
   out = tmp_path / 'out'
   status, err = command(capsys, 'paths', f'--out={out}', *FLAGS)
   assert status == 0, err
@@ -49,7 +50,13 @@ def test_paths_of_every_method_and_of_a_run(tmp_path, capsys, monkeypatch):
   assert len(measured['skipinit']['norm']) == 4  # Three blocks.
   # At alpha = 0 no gradient passes a branch.
   assert measured['skipinit']['effective_depth'] == 0
-  assert measured['batchnorm']['effective_depth'] > 0
+  assert measured['skipinit']['interval'] == 0
+  norm = measured['batchnorm']
+  assert norm['effective_depth'] == pytest.approx(
+    np.mean(norm['effective_depths'])
+  )
+  assert min(norm['effective_depths']) > 0
+  assert len({*norm['effective_depths']}) == 2
   assert (out / 'paths.svg').exists()
   assert (out / 'paths.png').exists()
 
@@ -106,6 +113,17 @@ def test_along_training_are_the_sums_of_shares_and_the_eigenvalues(watched):
   assert found['limit'] == pytest.approx(4 * [2 * 1.9 / rate])
   assert len({*found['eigenvalue']}) == 4
   assert (found['eigenvalue'] > 0).all()
+
+
+def test_the_table_along_training_has_the_first_and_the_last():
+  found = {
+    'epoch': [0.0, 1.0, 2.0],
+    'effective_depth': [0.0, 0.7, 1.25],
+    'checkpoint_epoch': [0.0, 1.9],
+    'eigenvalue': [12.5, None],  # As JSON has what is not finite.
+  }
+  lines = along_training.table({'skipinit': found}).splitlines()
+  assert lines[2] == '| SkipInit 0 | 0 | 1.25 (2) | 12.5 | - (1.9) |'
 
 
 @pytest.mark.parametrize('kind', ['propagation', 'curvature', 'training'])

@@ -57,6 +57,7 @@ MODULES = {
   'ahead_of_time': 'skipinit_jax.ahead_of_time.__main__',
   'export': 'skipinit_jax.export',
   'watching': 'benchmarks.watching',
+  'stable_rates': 'benchmarks.stable_rates',
   'growth': 'benchmarks.growth',
   'throughput': 'benchmarks.throughput',
   'tpu_cost': 'benchmarks.tpu_cost',

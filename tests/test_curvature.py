@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
+import toys
 
 from skipinit_jax.analysis import curvature
 from skipinit_jax.analysis.curvature import largest_eigenvalue
-from skipinit_jax.models import DenseResNet
 
 KEY = jax.random.key(0)
 
@@ -49,20 +48,8 @@ def test_of_a_quadratic(values):
   ['skipinit', 'batchnorm', pytest.param('none', marks=pytest.mark.slow)],
 )
 def test_of_a_tiny_network(method):
-  model = DenseResNet(2, 4, 3, method)
-  x, labels = np.random.default_rng(0).standard_normal((2, 12, 3))
-  x = jnp.asarray(x, jnp.float32)
-  params = model.init(jax.random.key(1), x, train=False)['params']
-
-  def loss(params):
-    out, _ = model.apply(
-      {'params': params}, x, train=True, mutable=['batch_stats']
-    )
-    return -(jax.nn.log_softmax(out) * jax.nn.softmax(labels)).sum(-1).mean()
-
-  flat, unravel = ravel_pytree(params)
-  hessian = jax.hessian(lambda flat: loss(unravel(flat)))(flat)
-  expected = np.linalg.eigvalsh(np.asarray(hessian, np.float64))[-1]
+  loss, params, hessian = toys.curved_loss(method)
+  expected = np.linalg.eigvalsh(hessian)[-1]
   found = largest_eigenvalue(loss, params, jax.random.key(2), tolerance=1e-6)
   assert found.value == pytest.approx(expected, rel=1e-4)
   early = largest_eigenvalue(loss, params, jax.random.key(2))

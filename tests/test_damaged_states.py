@@ -500,7 +500,7 @@ def test_what_can_not_take_effect_is_refused_by_name(field, workdir):
   open_workdir(workdir, config, TOTAL)
 
 
-def test_a_field_that_is_newer_than_a_run_was_at_its_default(workdir):
+def test_a_field_that_came_after_a_run_was_as_before(workdir):
   path = workdir / 'config.json'
   fields = json.loads(path.read_text())
   del fields['optimizer']['name']

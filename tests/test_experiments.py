@@ -17,9 +17,9 @@ from studies import GRID
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments import __main__ as cli
 from skipinit_jax.experiments import engines, runner
-from skipinit_jax.experiments.grid import TEST, Cell, cells, make_run
+from skipinit_jax.experiments.grid import TEST, Axis, Cell, cells, make_run
 from skipinit_jax.experiments.selection import runs_at, total_runs, wanted
-from skipinit_jax.experiments.studies import DEPTH, STUDIES, Axis
+from skipinit_jax.experiments.studies import DEPTH, STUDIES
 
 
 def result(top1=0.5):

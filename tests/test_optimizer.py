@@ -310,7 +310,7 @@ def test_the_scalars_can_be_exempt_from_adaptive_clipping():
 
 
 def test_lars_scales_each_kernel_to_its_own_norm():
-  """You et al. 2017, algorithm 1: g + l2 w, times .001 |w| / |g + l2 w|."""
+  """You et al. 2017, algorithm 1: g + l2 w, times |w| / |g + l2 w|."""
   config = recipe(name='lars', l2=0.3, nesterov=True)
 
   def scale(grads, params):
@@ -319,7 +319,7 @@ def test_lars_scales_each_kernel_to_its_own_norm():
       w = params[name]
       if name.endswith('kernel'):
         g = g + 0.3 * w
-        g = 1e-3 * math.sqrt((w**2).sum() / (g**2).sum()) * g
+        g = math.sqrt((w**2).sum() / (g**2).sum()) * g
       scaled[name] = g
     return scaled
 

@@ -266,7 +266,7 @@ def test_what_draws_otherwise_is_told(part, files, validation, monkeypatch):
   change = {
     'seed': (order, 'streamed', lambda size, seed: streamed(size, seed + 1)),
     'crop': (order, 'draw', lambda place, rng: draw_crop(place, skipped(rng))),
-    'rounds': (shuffle, '_rounds', lambda key, size: 2 * [jnp.arange(size)]),
+    'rounds': (shuffle, 'rounds', lambda key, size: 2 * [jnp.arange(size)]),
     'name': (shuffle, 'NAME', 'another'),
     'held': (order, 'held_out', lambda size: np.arange(size)),
   }[part]

@@ -25,7 +25,7 @@ LAYERS = {
 # A command line compares images with chips; its folder needs neither.
 COMMANDS = {'data/__main__.py': {'training', 'ahead_of_time'}}
 SHARED = {'cli', 'errors', 'files', 'markdown', 'plotting', 'published'}
-SHARED = {*SHARED, 'variants', 'version'}
+SHARED = {*SHARED, 'intervals', 'variants', 'version'}
 
 
 def imports(path):

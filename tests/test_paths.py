@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from xml.etree import ElementTree
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ import pytest
 import toys
 
 from skipinit_jax.analysis import paths
+from skipinit_jax.analysis.networks import Network
 from skipinit_jax.errors import InputError
 from skipinit_jax.models import (
   METHODS,
@@ -146,6 +148,29 @@ def test_samples_converge_to_the_mean_of_all_paths(method):
   np.testing.assert_allclose(many['effective_depth'], depth)
 
 
+@pytest.mark.parametrize('scan', [False, True])
+def test_draws_are_those_of_one_network_after_the_other(scan):
+  images, labels = data()
+  model = network('batchnorm', scan=scan)
+  draws = [
+    Network(model, model.init(jax.random.key(i), images, train=False), *data())
+    for i in range(3)
+  ]
+  found = paths.measure_draws(draws, samples=2)
+  each = [
+    paths.measure(model, draw.variables, images, labels, samples=2, seed=i)
+    for i, draw in enumerate(draws)
+  ]
+  depths = np.array([one['effective_depth'] for one in each])
+  assert np.ptp(depths) > 1e-3
+  np.testing.assert_allclose(found['effective_depths'], depths, rtol=1e-4)
+  np.testing.assert_allclose(found['effective_depth'], depths.mean(), rtol=1e-4)
+  # Student's t of 2 degrees of freedom: 4.303.
+  half = 4.3027 * depths.std(ddof=1) / 3**0.5
+  np.testing.assert_allclose(found['interval'], half, rtol=1e-3)
+  np.testing.assert_allclose(found['norm'], each[0]['norm'], rtol=1e-4)
+
+
 def test_at_alpha_zero_only_the_shortest_path_carries_gradient():
   model, (images, labels) = network('skipinit'), data()
   variables = model.init(jax.random.key(0), images, train=False)
@@ -256,7 +281,12 @@ def test_weights_are_binomial():
 def test_figures_are_written(tmp_path):
   model, variables, _ = enumerated('none')
   result = paths.measure(model, variables, *data(), samples=2)
+  result['interval'] = np.array(0.25)
   zero = {**result, 'norm': np.eye(5)[0], **paths.weigh(np.eye(5)[0])}
+  zero['interval'] = np.array(0.0)
   files = paths.draw({'none': result, 'skipinit': zero}, tmp_path)
   assert [f.suffix for f in files] == ['.svg', '.png']
+  text = ''.join(ElementTree.parse(files[0]).getroot().itertext())
+  assert f'mean {result["effective_depth"]:.1f} ± 0.2)' in text
+  assert '(mean 0.0)' in text
   assert 1000 < files[1].stat().st_size < 200_000

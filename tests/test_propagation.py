@@ -379,13 +379,22 @@ def test_float64_goes_where_float32_overflows():
 
 
 def test_measures_and_draws(tmp_path):
-  measured = propagation.measure((10,), image_size=8, batch=2)
+  measured = propagation.measure((10,), image_size=8, batch=2, draws=3)
   assert list(measured[10]) == list(propagation.COLUMNS)
   for captured in measured[10].values():
     assert captured['share'].dtype == np.float64
     assert captured['share'].shape == captured['expected_share'].shape == (3,)
+    depths = captured['effective_depth']
+    assert depths[0] == pytest.approx(captured['share'].sum())
+    # Student's t of 2 degrees of freedom: 4.303.
+    half = 4.3027 * np.std(depths, ddof=1) / 3**0.5
+    assert captured['interval'] == pytest.approx(half, rel=1e-4)
+  norm = measured[10]['batchnorm']
+  assert len({*norm['effective_depth']}) == 3
   lines = propagation.table(measured).splitlines()
   assert len(lines) == 3
+  mean = norm['effective_depth'].mean()
+  assert f'| {mean:.2f} ± {norm["interval"]:.2f} (' in lines[2]
   assert lines[2].startswith('| 10 | 3 | ')
   assert ' | 0.00 (0.00) | ' in lines[2]
   files = propagation.draw(measured, tmp_path)

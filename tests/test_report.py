@@ -9,10 +9,9 @@ import pytest
 from studies import EVIL, UNFINISHED, make_grid, make_study, write_runs
 
 from skipinit_jax.experiments.findings import Findings
-from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell
+from skipinit_jax.experiments.grid import TEST, VALIDATION, Axis, Cell
 from skipinit_jax.experiments.report import write_comparison, write_report
 from skipinit_jax.experiments.selection import runs_at
-from skipinit_jax.experiments.studies import Axis
 from skipinit_jax.experiments.tables import difference, make_tables
 
 
@@ -250,6 +249,53 @@ def test_methods_are_compared_seed_by_seed(tmp_path):
 )
 def test_only_what_excludes_zero_is_ahead_or_behind(mean, half, text):
   assert difference(mean, half) == text
+
+
+def texts_of(table):
+  return [[entry.text for entry in row] for row in table.rows]
+
+
+def test_the_fall_over_the_rows_stands_beside_what_remedies_regain(tmp_path):
+  """At depth 100 all are 3.5 points behind; the remedy adds 2 to SkipInit."""
+  columns = ('batchnorm', 'skipinit')
+  grid = make_grid(
+    panels=Axis('', {'a': {'epochs': 1.0}, 'a, LARS': {'epochs': 2.0}}),
+    columns=columns,
+  )
+  write_runs(tmp_path, grid)
+  for run in runs_at(grid, Cell('a, LARS', '100', 'skipinit'), -2, TEST):
+    path = run.folder(tmp_path) / 'result.json'
+    result = json.loads(path.read_text())
+    result['eval']['top1'] += 0.02
+    path.write_text(json.dumps(result))
+  findings = Findings(make_study(grid), grid, 'digits', tmp_path)
+  table = next(iter(make_tables(findings)))
+  assert table.caption == 'What depth 100 costs and what regains it, a'
+  assert [head for head, _ in table.heads] == [
+    'method',
+    'depth 100 less depth 16',
+    'LARS, less without',
+  ]
+  behind = '\N{MINUS SIGN}3.5 ± 0.0\nbehind'
+  assert texts_of(table) == [
+    ['BatchNorm', behind, '0.0 ± 0.0'],
+    ['SkipInit 0', behind, '+2.0 ± 0.0\nahead'],
+  ]
+
+
+def test_a_law_is_shown_for_every_method(tmp_path):
+  """All have the lowest loss at 2^-2, at both depths: an exponent near 0."""
+  grid = make_grid()
+  write_runs(tmp_path, grid)
+  findings = Findings(make_study(grid, law=True), grid, 'digits', tmp_path)
+  table = next(iter(make_tables(findings)))
+  assert table.caption == 'The best rate as a power of the depth'
+  first, *_ = texts_of(table)
+  name, by_depth, by_effective, depths = first
+  assert name == 'BatchNorm'
+  assert by_depth == '0.00 ± 0.00'
+  assert by_effective == 'not done'  # None of these runs was watched.
+  assert depths == '–, –'  # noqa: RUF001
 
 
 def test_two_studies_stand_side_by_side(tmp_path):

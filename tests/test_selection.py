@@ -1,11 +1,13 @@
 """Studies, their grids, and what is read from the results of runs."""
 
 import dataclasses
+import hashlib
 import itertools
 import math
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from skipinit_jax import cli, published
 from skipinit_jax.errors import InputError
@@ -13,7 +15,9 @@ from skipinit_jax.experiments import estimate
 from skipinit_jax.experiments.grid import (
   TEST,
   VALIDATION,
+  Axis,
   Cell,
+  Grid,
   cells,
   make_run,
 )
@@ -28,12 +32,9 @@ from skipinit_jax.experiments.selection import (
   total_runs,
   wanted,
 )
-from skipinit_jax.experiments.studies import (
-  STUDIES,
-  Axis,
-  Grid,
-  find_study,
-)
+from skipinit_jax.experiments.studies import STUDIES, find_study
+from skipinit_jax.files import dumps
+from skipinit_jax.training.changes import FREE
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import (
@@ -170,6 +171,19 @@ def test_a_run_is_known_by_what_changes_its_numbers():
   assert len({run.id, *(r.id for r in others)}) == 7
   free = tiny(overrides={'stuck_after_seconds': 5.0})
   assert make_run(free, cell, -4, 1, VALIDATION).id == run.id
+
+
+def test_fields_that_came_later_keep_the_names_of_runs_before():
+  """The name by hand, from the fields that there were."""
+  grid, cell = tiny(), Cell('', '10', 'none')
+  run = make_run(grid, cell, -4, 1, VALIDATION)
+  fields = flatten_dict(run.config.to_dict(), sep='.')
+  for name in (*FREE, 'optimizer.name', 'optimizer.clip_alpha'):
+    fields.pop(name, None)
+  text = dumps(fields, sort_keys=True).encode()
+  assert run.id == hashlib.sha256(text).hexdigest()[:12]
+  lars = tiny(overrides={'optimizer.name': 'lars'})
+  assert make_run(lars, cell, -4, 1, VALIDATION).id != run.id
 
 
 def test_the_command_makes_the_config(tmp_path):

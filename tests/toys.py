@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
-from skipinit_jax.models import ResNet
+from skipinit_jax.models import DenseResNet, ResNet
 
 
 def normal(shape, seed=0, dtype='float32'):
@@ -69,3 +70,21 @@ def batch(shape, seed=0):
   rng = np.random.default_rng(seed)
   images = jnp.asarray(rng.standard_normal(shape), jnp.float32)
   return images, jnp.asarray(rng.integers(0, 5, shape[0]))
+
+
+def curved_loss(method):
+  """A loss, its parameters, and the whole of its Hessian."""
+  model = DenseResNet(2, 4, 3, method)
+  x, labels = np.random.default_rng(0).standard_normal((2, 12, 3))
+  x = jnp.asarray(x, jnp.float32)
+  params = model.init(jax.random.key(1), x, train=False)['params']
+
+  def loss(params):
+    out, _ = model.apply(
+      {'params': params}, x, train=True, mutable=['batch_stats']
+    )
+    return -(jax.nn.log_softmax(out) * jax.nn.softmax(labels)).sum(-1).mean()
+
+  flat, unravel = ravel_pytree(params)
+  hessian = jax.hessian(lambda flat: loss(unravel(flat)))(flat)
+  return loss, params, np.asarray(hessian, np.float64)

@@ -55,6 +55,7 @@ METHODS: dict[str, dict[str, float]] = {
   'fixup': {'optimizer.learning_rate': 2.0**-3},
   'none': {'optimizer.learning_rate': 2.0**-10},
 }
+DRAWS = 5  # Of the networks at initialization whose paths are measured.
 # Small enough for minutes on two CPU cores.
 DIGITS = {
   'model.depth': 40,
@@ -193,9 +194,10 @@ def measure(
       network = networks.of_run(run, 32)
       return {method: paths.measure(*network, train=False)}
     case 'paths':
-      configs = each_method(config).items()
-      starts = {name: networks.at_start(each, 32) for name, each in configs}
-      return {name: paths.measure(*start) for name, start in starts.items()}
+      return {
+        name: paths.measure_draws(networks.draws_at_start(each, 32, DRAWS))
+        for name, each in each_method(config).items()
+      }
     case 'lesions' if run:
       return {method: lesions.measure(*networks.of_run(run))}
     case 'lesions':

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from skipinit_jax import plotting
+from skipinit_jax import markdown, plotting
 from skipinit_jax.analysis.curvature import largest_eigenvalue, training_loss
 from skipinit_jax.errors import InputError
 from skipinit_jax.training.checkpoints import FOLDER, saved_steps
@@ -92,13 +92,38 @@ def _limit(run: Saved) -> float:
   return 2 * (1 + run.config.optimizer.momentum) / rate
 
 
+def table(measured: Measured) -> str:
+  """The first and the last of the arrays of `measure` as a Markdown table.
+
+  The last is followed by its epoch; what is not finite is a dash.
+  """
+  rows = []
+  for method, found in measured.items():
+    row = [VARIANTS[method].label]
+    for name, at in (
+      ('effective_depth', 'epoch'),
+      ('eigenvalue', 'checkpoint_epoch'),
+    ):
+      values = np.asarray(found[name], np.float64)  # None, of JSON, is NaN.
+      first, last = (
+        f'{v:.3g}' if np.isfinite(v) else '-' for v in values[[0, -1]]
+      )
+      row += [first, f'{last} ({found[at][-1]:.3g})']
+    rows.append(row)
+  head = ['', 'effective depth at the start', 'at the end (epoch)']
+  head += ['largest eigenvalue at the start', 'at the end (epoch)']
+  return markdown.table([head, *rows])
+
+
 @plotting.style()
 def draw(measured: Measured, out: Path) -> list[Path]:
   """Draws the arrays of `measure`: SVG and PNG files in the folder `out`.
 
   Above, the effective depth; below, the largest eigenvalue and, thin and in the
-  same color, the limit of stability.
+  same color, the limit of stability. Also writes `table`.
   """
+  out.mkdir(parents=True, exist_ok=True)
+  (out / 'along_training.md').write_text(table(measured))
   figure, (depths, eigenvalues) = plotting.new_figure(2, height=5, sharex=True)
   for method, found in measured.items():
     style = plotting.line_style(method)

@@ -13,6 +13,7 @@ from skipinit_jax.data import open_dataset
 from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.training import train
 from skipinit_jax.training.network import build_model, init_variables
+from skipinit_jax.training.recipes import set_fields
 from skipinit_jax.training.saved import Saved, load_run
 
 
@@ -42,6 +43,15 @@ def at_start(config: ConfigDict, images: int = 360) -> Network:
   model = build_model(config, data.num_classes).clone(axis_name=None)
   variables = init_variables(model, data.image_shape, config.seed)
   return Network(model, variables, *_eval_images(data, images))
+
+
+def draws_at_start(
+  config: ConfigDict, images: int, draws: int
+) -> list[Network]:
+  """`at_start` with the recipe's seed and the ones after it."""
+  seeds = range(config.seed, config.seed + draws)
+  copy = config.copy_and_resolve_references
+  return [at_start(set_fields(copy(), {'seed': s}), images) for s in seeds]
 
 
 def of_run(run: Saved, images: int = 360) -> Network:

@@ -6,6 +6,7 @@ carry?
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ import optax
 from matplotlib.ticker import MaxNLocator
 
 from skipinit_jax import plotting
+from skipinit_jax.analysis.networks import Network
 from skipinit_jax.analysis.propagation import path_lengths
 from skipinit_jax.errors import InputError
+from skipinit_jax.intervals import half_interval
 from skipinit_jax.models.skipinit import Join
 from skipinit_jax.models.stages import STACKED, unstack_blocks
 from skipinit_jax.variants import VARIANTS
@@ -141,9 +144,19 @@ def path_gradients(
     them, and to the images, like them.
   """
   blocks = find_blocks(model, variables, images)
-  rest = {name: v for name, v in variables.items() if name != 'params'}
+  gradient = _compiled(model, blocks, labels, train)
+  return blocks, functools.partial(gradient, variables, images)
 
-  def loss(params, images, selection):
+
+def _compiled(
+  model: nn.Module,
+  blocks: Sequence[tuple[str, ...]],
+  labels: jax.Array | np.ndarray,
+  train: bool,
+) -> Callable[[Variables, jax.Array, jax.Array], tuple[Any, jax.Array]]:
+  """The function of `path_gradients`, of any variables and images."""
+
+  def loss(params, images, rest, selection):
     def change(block, skip, branch):
       selected = selection[block]
       return _gate(skip, ~selected), _gate(branch, selected)
@@ -155,9 +168,12 @@ def path_gradients(
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
 
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-  return blocks, lambda selection: gradient(
-    variables['params'], images, selection
-  )
+
+  def of(variables, images, selection):
+    rest = {name: v for name, v in variables.items() if name != 'params'}
+    return gradient(variables['params'], images, rest, selection)
+
+  return of
 
 
 def measure(
@@ -206,7 +222,48 @@ def measure(
   blocks, gradient = path_gradients(
     model, variables, images, labels, train=train
   )
-  n, rng = len(blocks), np.random.default_rng(seed)
+  return _by_length(len(blocks), gradient, samples, seed)
+
+
+def measure_draws(
+  draws: Sequence[Network], *, samples: int = 4
+) -> dict[str, np.ndarray]:
+  """Several draws of a network at initialization, in one compiled program.
+
+  Args:
+    draws: they differ in their variables alone.
+    samples: as in `measure`.
+
+  Returns:
+    What `measure` returns of the first draw, but for `effective_depth`, which
+    is the mean over the draws; `effective_depths`, float64 (draws,), that of
+    each; and `interval`, float64 (), half of the 95 % interval for the mean.
+  """
+  pairs = [unrolled(draw.model, draw.variables) for draw in draws]
+  model, variables = pairs[0]
+  _, _, images, labels = draws[0]
+  blocks = find_blocks(model, variables, images)
+  gradient = _compiled(model, blocks, labels, train=True)
+  found = [
+    _by_length(
+      len(blocks), functools.partial(gradient, variables, images), samples, seed
+    )
+    for seed, (_, variables) in enumerate(pairs)
+  ]
+  depths = np.array([each['effective_depth'] for each in found])
+  return {
+    **found[0],
+    'effective_depth': depths.mean(),
+    'effective_depths': depths,
+    'interval': np.array(half_interval(depths.tolist())),
+  }
+
+
+def _by_length(
+  n: int, gradient: Callable, samples: int, seed: int
+) -> dict[str, np.ndarray]:
+  """The arrays of `measure`, for n blocks and `path_gradients`' function."""
+  rng = np.random.default_rng(seed)
   norms = [[] for _ in range(n + 1)]
   for length in range(n + 1):
     for _ in range(1 if length in (0, n) else samples):
@@ -262,7 +319,8 @@ def draw(
   """Draws arrays of `measure`, as figure 6 of Veit et al. 2016.
 
   Args:
-    measured: name in `VARIANTS` -> arrays of `measure`, all of equal shapes.
+    measured: name in `VARIANTS` -> arrays of `measure` or `measure_draws`, all
+      of equal shapes.
     out: folder for the SVG and PNG files.
 
   Raises:
@@ -285,7 +343,9 @@ def draw(
     if len(length) == 1:
       style |= {'markersize': lone, 'markerfacecolor': 'none'}
       lone -= 4
-    label = f'{VARIANTS[method].label} (mean {result["effective_depth"]:.1f})'
+    mean, interval = result['effective_depth'], result.get('interval', 0)
+    spread = f' ± {interval:.1f}' if interval else ''
+    label = f'{VARIANTS[method].label} (mean {mean:.1f}{spread})'
     norms.plot(length, result['norm'][length], label=label, **style)
     shares.plot(length, result['gradient'][length], **style)
   norms.set_yscale('log')

@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from skipinit_jax import markdown, plotting
 from skipinit_jax.analysis.capture import capture, second_moment
 from skipinit_jax.errors import InputError
+from skipinit_jax.intervals import half_interval
 from skipinit_jax.models.methods import Method, resolve_method
 from skipinit_jax.models.resnet import ResNet, WideResNet
 from skipinit_jax.models.stages import unstack_blocks
@@ -164,13 +165,13 @@ def measure(
   width: int = 2,
   image_size: int = 32,
   batch: int = 4,
-  seed: int = 0,
+  draws: int = 5,
 ) -> dict[int, dict[str, dict[str, np.ndarray]]]:
   """Measures n-`width` Wide-ResNets at initialization, in float64.
 
   Images are standard normal. At the sides of an image a 3x3 convolution reads
   zeros, which theory does not know: the smaller the image, the smaller the
-  branch. Depth 1000 takes about 10 s a method on two CPU cores.
+  branch. Depth 1000 takes about 10 s a method and draw on two CPU cores.
 
   Args:
     depths: 6n + 4.
@@ -178,22 +179,31 @@ def measure(
       projection.
     image_size: height and width of the random images, in pixels.
     batch: number of images.
-    seed: of the weights and the images.
+    draws: of the weights and the images, with seeds 0, 1, ...
 
   Returns:
-    Depth -> name in `COLUMNS` -> what `capture` returns, 'skip', 'branch' and
-    'output' (second moments), and what `expected` returns, as 'expected_...'.
+    Depth -> name in `COLUMNS` -> of the first draw what `capture` returns,
+    'skip', 'branch' and 'output' (second moments), and what `expected` returns,
+    as 'expected_...'; and 'effective_depth' of each draw, float64 (draws,),
+    with 'interval', half of the 95 % interval for its mean, float64 ().
   """
   shape = batch, image_size, image_size, 3
-  values = np.random.default_rng(seed).standard_normal(shape)
+
+  def of_draw(model: ResNet, seed: int) -> dict[str, np.ndarray]:
+    images = jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+    return capture(model, initialize(model, images, seed), images)
 
   def of_variant(depth: int, variant: str) -> dict[str, np.ndarray]:
     model = wide_resnet(variant, depth, width, param_dtype='float64')
-    captured = capture(model, initialize(model, images, seed), images)
-    return beside_theory(captured, model, project_first=width > 1)
+    each = [of_draw(model, seed) for seed in range(draws)]
+    depths = [effective_depth(captured['share']) for captured in each]
+    return {
+      **beside_theory(each[0], model, project_first=width > 1),
+      'effective_depth': np.array(depths),
+      'interval': np.array(half_interval(depths)),
+    }
 
   with jax.enable_x64(True):  # 2^498 is beyond float32.
-    images = jnp.asarray(values)
     return {
       depth: {variant: of_variant(depth, variant) for variant in COLUMNS}
       for depth in depths
@@ -218,20 +228,28 @@ def beside_theory(
 def table(measured: Measured) -> str:
   """Effective depths as a Markdown table: measured, and in theory in brackets.
 
-  In theory every stage begins at Var(skip) = 1.
+  Of several draws it is the mean, with half of the 95 % interval for it. In
+  theory every stage begins at Var(skip) = 1.
   """
   columns = list(next(iter(measured.values())))
   rows = []
   for depth, by_column in measured.items():
     cells = [
-      f'{effective_depth(found["share"]):.2f} '
-      f'({effective_depth(found["expected_share"]):.2f})'
+      f'{_mean_depth(found)} ({effective_depth(found["expected_share"]):.2f})'
       for found in by_column.values()
     ]
     blocks = len(by_column[columns[0]]['share'])
     rows.append([str(depth), str(blocks), *cells])
   labels = [VARIANTS[column].label for column in columns]
   return markdown.table([['depth', 'blocks', *labels], *rows])
+
+
+def _mean_depth(found: Captured) -> str:
+  if 'effective_depth' not in found:  # Of a run.
+    return f'{effective_depth(found["share"]):.2f}'
+  mean, interval = found['effective_depth'].mean(), found['interval']
+  # One draw has no interval, and exactly 0 needs none.
+  return f'{mean:.2f}' + (f' ± {interval:.2f}' if 0 < interval < np.inf else '')
 
 
 @plotting.style()

@@ -74,7 +74,7 @@ def _order(files: bool, validation: bool) -> dict[str, str]:
   else:
     # The rest is integer arithmetic, which a test pins.
     total.update(shuffle.NAME.encode())
-    for numbers in jax.jit(shuffle._rounds, static_argnums=1)(
+    for numbers in jax.jit(shuffle.rounds, static_argnums=1)(
       jax.random.key(0), PROBES[0][0]
     ):
       total.update(digest(np.asarray(numbers)).encode())

@@ -32,15 +32,15 @@ def batch_indices(
   keys = jax.vmap(lambda e: jax.random.fold_in(key, epoch + e))(
     jnp.arange(epochs)
   )
-  sums, masks = jax.vmap(lambda key: _rounds(key, num_examples))(keys)
+  sums, masks = jax.vmap(lambda key: rounds(key, num_examples))(keys)
   return _swap_or_not(position, sums[later], masks[later], num_examples)
 
 
-def _rounds(key: jax.Array, num_examples: int) -> tuple[jax.Array, jax.Array]:
+def rounds(key: jax.Array, num_examples: int) -> tuple[jax.Array, jax.Array]:
   """Sums and masks of a permutation's rounds, four for each binary digit."""
-  rounds = 4 * max(num_examples - 1, 1).bit_length()
-  sums = jax.random.randint(key, (rounds,), 0, num_examples)
-  return sums, jax.random.bits(jax.random.fold_in(key, 1), (rounds,))
+  shape = (4 * max(num_examples - 1, 1).bit_length(),)
+  sums = jax.random.randint(key, shape, 0, num_examples)
+  return sums, jax.random.bits(jax.random.fold_in(key, 1), shape)
 
 
 def _swap_or_not(

@@ -22,7 +22,7 @@ from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments import engines
 from skipinit_jax.experiments.estimate import SUSTAINED_RATE, cost
-from skipinit_jax.experiments.grid import TEST, VALIDATION, cells
+from skipinit_jax.experiments.grid import TEST, VALIDATION, Grid, cells
 from skipinit_jax.experiments.runner import (
   STUDY,
   Results,
@@ -36,12 +36,7 @@ from skipinit_jax.experiments.selection import (
   total_runs,
   wanted,
 )
-from skipinit_jax.experiments.studies import (
-  STUDIES,
-  Grid,
-  Study,
-  find_study,
-)
+from skipinit_jax.experiments.studies import STUDIES, Study, find_study
 from skipinit_jax.experiments.words import duration, seeds_text, widening
 from skipinit_jax.training.checks import check_config
 from skipinit_jax.training.lines import METRICS

@@ -72,6 +72,7 @@ def _cell(summary: Summary) -> dict[str, Any]:
     'held_out': {str(r): numbers(m) for r, m in summary.by_rate.items()},
     'exponent': summary.rate,
     'within_error': summary.rates,
+    'largest_stable': summary.largest_stable,
     'at_the_edge': summary.rate is not None and summary.at_the_edge,
     'test': numbers(summary.result),
     'trains': summary.trains,

@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from skipinit_jax import plotting
-from skipinit_jax.experiments.grid import Cell
-from skipinit_jax.experiments.studies import Grid
+from skipinit_jax.experiments.grid import Cell, Grid
 from skipinit_jax.variants import VARIANTS
 
 HEIGHT = 2.5  # Inches, of a panel.

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from skipinit_jax.data.stand_in import stand_in
-from skipinit_jax.experiments.grid import TEST, Run, cells, make_run
+from skipinit_jax.experiments.grid import TEST, Grid, Run, cells, make_run
 from skipinit_jax.experiments.selection import seeds_of
-from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.network import build_model
 

@@ -1,8 +1,7 @@
 """How a report's numbers came about, in sentences."""
 
 from skipinit_jax.experiments.findings import Findings
-from skipinit_jax.experiments.grid import TEST
-from skipinit_jax.experiments.studies import Grid
+from skipinit_jax.experiments.grid import TEST, Grid
 from skipinit_jax.experiments.words import (
   DASH,
   duration,

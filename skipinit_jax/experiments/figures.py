@@ -17,9 +17,8 @@ from skipinit_jax import plotting
 from skipinit_jax.experiments import drawing
 from skipinit_jax.experiments.drawing import Point
 from skipinit_jax.experiments.findings import Findings
-from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell
+from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell, Grid
 from skipinit_jax.experiments.selection import Summary
-from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.experiments.words import cell_name, power, row_name
 
 BLOCKS = 48  # Whose scalars are drawn, at most.

@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skipinit_jax.errors import RunError
-from skipinit_jax.experiments.grid import TEST, VALIDATION, Cell, Run, cells
+from skipinit_jax.experiments.grid import (
+  TEST,
+  VALIDATION,
+  Cell,
+  Grid,
+  Run,
+  cells,
+)
 from skipinit_jax.experiments.runner import Results
 from skipinit_jax.experiments.selection import (
   Outcome,
@@ -13,7 +20,7 @@ from skipinit_jax.experiments.selection import (
   summarize,
   total_runs,
 )
-from skipinit_jax.experiments.studies import Grid, Study
+from skipinit_jax.experiments.studies import Study
 from skipinit_jax.training.lines import METRICS, Lines
 
 

@@ -1,4 +1,4 @@
-"""From a study's grid to runs: their configs, names and commands."""
+"""A study's grid, and its runs: their configs, names and commands."""
 
 import dataclasses
 import functools
@@ -11,13 +11,64 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.files import dumps
-from skipinit_jax.training.changes import FREE
+from skipinit_jax.training.changes import ADDED, FREE
 from skipinit_jax.training.recipes import load_recipe, set_fields
-from skipinit_jax.variants import VARIANTS
+from skipinit_jax.variants import VARIANTS, Fields
 
 VALIDATION, TEST = 'validation', 'test'
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+  """The values along one side of a table.
+
+  Attributes:
+    name: for people: 'depth', 'batch', 'method'.
+    values: what is printed -> the fields that it sets.
+  """
+
+  name: str
+  values: Mapping[str, Fields]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+  """A study at a size that suits a data set.
+
+  Attributes:
+    recipe: the recipe that all runs start from.
+    fields: fields that all runs set; like those of the axes, values, or
+      functions of the fields before them (in the order: these, rows, panels,
+      columns).
+    rows, columns, panels: axes of the table; `columns` are keys of VARIANTS.
+    rates: exponents of 2 of the learning rates, times `unit`.
+    widest: the smallest and the largest exponent that a cell's rates may be
+      widened to; None: they are not widened.
+    validation: training images held out to choose the rate.
+    seeds: test runs of every cell.
+    tuning_seeds: runs of every cell and rate that choose it; None: `seeds`.
+    fewer: row -> its tuning_seeds and seeds, where these are fewer.
+    best: number of seeds, the best, that enter a mean.
+    choices: the choices that are ours and not the paper's, for the report.
+    overrides: fields given on the command line; they override all others.
+  """
+
+  recipe: str
+  fields: Fields
+  rows: Axis
+  columns: tuple[str, ...]
+  rates: tuple[int, ...]
+  validation: int
+  widest: tuple[int, int] | None = None
+  seeds: int = 1
+  tuning_seeds: int | None = None
+  fewer: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+  best: int = 1
+  panels: Axis = Axis('', {'': {}})
+  unit: float = 1.0
+  choices: str = ''
+  overrides: Fields = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -63,10 +114,16 @@ class Run:
 
   @functools.cached_property
   def id(self) -> str:
-    """Twelve hexadecimal digits of all fields that change the numbers."""
-    fields = flatten_dict(self.config.to_dict(), sep='.')
-    for name in FREE:
-      fields.pop(name, None)
+    """Twelve hexadecimal digits of all fields that change the numbers.
+
+    Fields that came later count only where they are not as before, so that a
+    study of before goes on.
+    """
+    fields = {
+      name: value
+      for name, value in flatten_dict(self.config.to_dict(), sep='.').items()
+      if name not in FREE and (name, value) not in ADDED.items()
+    }
     text = dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -20,8 +20,9 @@ from skipinit_jax.experiments.downloads import (
 from skipinit_jax.experiments.facts import make_facts, state_of
 from skipinit_jax.experiments.figures import write_figures
 from skipinit_jax.experiments.findings import Findings
+from skipinit_jax.experiments.grid import Grid
 from skipinit_jax.experiments.selection import Outcome
-from skipinit_jax.experiments.studies import Grid, Study
+from skipinit_jax.experiments.studies import Study
 from skipinit_jax.experiments.tables import Table, make_tables, side_by_side
 
 FILES = ('config.json', 'metrics.jsonl', 'result.json')

@@ -7,18 +7,17 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from scipy import stats
-
 from skipinit_jax.experiments.grid import (
   TEST,
   VALIDATION,
   Cell,
+  Grid,
   Run,
   cells,
   make_run,
 )
-from skipinit_jax.experiments.studies import Grid
 from skipinit_jax.experiments.words import percent
+from skipinit_jax.intervals import half_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Mean:
     loss, train_loss: means over the same seeds; None if any is not finite.
     diverged: number of all seeds that diverged.
     seeds: the accuracy of each seed, in order; 0 where it diverged.
+    losses: the loss of each seed, in order; None where it is not finite.
     interval: half of a 95 % interval for the mean over seeds, if all enter and
       there are several; else None.
   """
@@ -71,6 +71,7 @@ class Mean:
   train_loss: float | None
   diverged: int
   seeds: tuple[float, ...]
+  losses: tuple[float | None, ...] = ()
   interval: float | None = None
 
   @property
@@ -166,18 +167,11 @@ def mean(outcomes: Iterable[Outcome], best: int) -> Mean:
     train_loss=_mean_or_none([o.train_loss for o in kept]),
     diverged=sum(o.status == 'diverged' for o in outcomes),
     seeds=tuple(o.top1 for o in outcomes),
+    losses=tuple(o.loss for o in outcomes),
     interval=half_interval([o.top1 for o in kept])
     if 1 < len(kept) == len(outcomes)
     else None,
   )
-
-
-def half_interval(values: Sequence[float]) -> float:
-  """Half of the 95 % interval for a mean, by Student's t; inf for one value."""
-  if len(values) < 2:
-    return math.inf
-  error = statistics.stdev(values) / math.sqrt(len(values))
-  return float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
 def paired(ours: Mean, theirs: Mean) -> tuple[float, float] | None:

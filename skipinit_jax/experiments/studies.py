@@ -10,66 +10,14 @@ test split exactly once.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from skipinit_jax import published
 from skipinit_jax.errors import InputError, unknown
+from skipinit_jax.experiments.grid import Axis, Grid
 from skipinit_jax.published import Accuracy
-from skipinit_jax.variants import VARIANTS, Fields
-
-
-@dataclasses.dataclass(frozen=True)
-class Axis:
-  """The values along one side of a table.
-
-  Attributes:
-    name: for people: 'depth', 'batch', 'method'.
-    values: what is printed -> the fields that it sets.
-  """
-
-  name: str
-  values: Mapping[str, Fields]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Grid:
-  """A study at a size that suits a data set.
-
-  Attributes:
-    recipe: the recipe that all runs start from.
-    fields: fields that all runs set; like those of the axes, values, or
-      functions of the fields before them (in the order: these, rows, panels,
-      columns).
-    rows, columns, panels: axes of the table; `columns` are keys of VARIANTS.
-    rates: exponents of 2 of the learning rates, times `unit`.
-    widest: the smallest and the largest exponent that a cell's rates may be
-      widened to; None: they are not widened.
-    validation: training images held out to choose the rate.
-    seeds: test runs of every cell.
-    tuning_seeds: runs of every cell and rate that choose it; None: `seeds`.
-    fewer: row -> its tuning_seeds and seeds, where these are fewer.
-    best: number of seeds, the best, that enter a mean.
-    choices: the choices that are ours and not the paper's, for the report.
-    overrides: fields given on the command line; they override all others.
-  """
-
-  recipe: str
-  fields: Fields
-  rows: Axis
-  columns: tuple[str, ...]
-  rates: tuple[int, ...]
-  validation: int
-  widest: tuple[int, int] | None = None
-  seeds: int = 1
-  tuning_seeds: int | None = None
-  fewer: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-  best: int = 1
-  panels: Axis = Axis('', {'': {}})
-  unit: float = 1.0
-  choices: str = ''
-  overrides: Fields = dataclasses.field(default_factory=dict)
+from skipinit_jax.variants import CLIPPED, VARIANTS, Fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +32,7 @@ class Study:
     source: the paper and table of those figures.
     published_for: the data set of those figures.
     rates_curve: whether the optimal rate is drawn along the rows.
+    law: whether a power law of it is fitted to the rows, which are depths.
   """
 
   name: str
@@ -96,6 +45,7 @@ class Study:
   source: str = ''
   published_for: str = 'cifar10'
   rates_curve: bool = False
+  law: bool = False
 
 
 def depths(*values: int) -> Axis:
@@ -152,7 +102,7 @@ DIGITS = {
 }
 CIFAR = {'model.width': 2, 'eval_every_epochs': 10.0, 'watch_every_steps': 500}
 ONE_EPOCH = {**train_for(1.0), 'schedule.name': 'constant'}
-OURS = 'On the digits everything but the method is our choice:'
+OURS = 'Everything but the method is our choice:'
 CIFAR_CHOICES = (
   'Our choices: batches of 128, ghost batches of 64, L2 on kernels only, rates '
   'chosen on 5,000 held out training images.'
@@ -161,14 +111,27 @@ FIXUP_RATE = (
   "Fixup has one rate for all parameters, as in the later code of the paper's "
   'group.'
 )
-on_digits = functools.partial(
-  Grid,
-  recipe='digits',
-  fields=DIGITS,
-  validation=240,
-  choices=f'{OURS} n-1 Wide-ResNets, batch 32, 8 epochs with a cosine, shifts '
-  'of a pixel.',
-)
+SMALL = {'digits': 240, 'mnist5k': 800}  # Images held out.
+
+
+def on_small(
+  fields: Fields = DIGITS,
+  choices: str = 'n-1 Wide-ResNets, 8 epochs with a cosine, the batch and '
+  'shifts of the recipe.',
+  **grid: Any,
+) -> dict[str, Grid]:
+  """A grid for the digits, and the same for MNIST; `grid` as in Grid."""
+  grid = {'widest': (-16, 4), 'seeds': 3, 'tuning_seeds': 1, 'best': 3} | grid
+  return {
+    name: Grid(
+      recipe=name,
+      fields=fields,
+      choices=f'{OURS} {choices}',
+      validation=held_out,
+      **grid,
+    )
+    for name, held_out in SMALL.items()
+  }
 
 
 def on_cifar(
@@ -197,7 +160,7 @@ DEPTH = Study(
   question='Do deep residual networks train with batch normalization or the '
   'scalar, and not without?',
   grids={
-    'digits': on_digits(
+    **on_small(
       fields=DIGITS | train_for(12.0),
       rows=Axis(
         'depth',
@@ -213,8 +176,8 @@ DEPTH = Study(
       tuning_seeds=3,
       fewer={'100': (1, 5), '1000': (1, 1)},
       best=5,
-      choices=f'{OURS} n-1 Wide-ResNets, batch 32, a cosine, shifts of a '
-      'pixel; 12 epochs, at depth 1000 only 6.',
+      choices='n-1 Wide-ResNets, 12 epochs with a cosine, at depth 1000 only '
+      '6; the batch and shifts of the recipe.',
     ),
     **on_cifar(
       rows=depths(16, 100, 1000),
@@ -234,12 +197,10 @@ ABLATIONS = Study(
   title='What the scalar must be',
   question='Does the scalar have to start small, and does L2 make it train?',
   grids={
-    'digits': on_digits(
+    **on_small(
       rows=depths(16, 100),
       columns=ABLATION_COLUMNS,
       rates=(-6, -4, -3, -2),
-      seeds=2,
-      best=2,
     ),
     **on_cifar(
       rows=depths(16, 100, 1000),
@@ -259,9 +220,7 @@ FIXUP_PARTS = Study(
   title="Fixup's parts, each alone",
   question="Which of Fixup's parts make deep networks train?",
   grids={
-    'digits': on_digits(
-      rows=depths(16, 100), columns=PARTS, rates=(-8, -6, -4, -3)
-    ),
+    **on_small(rows=depths(16, 100), columns=PARTS, rates=(-8, -6, -4, -3)),
     **on_cifar(
       rows=depths(16, 100, 1000),
       columns=PARTS,
@@ -280,14 +239,14 @@ BATCH_SIZE = Study(
   title='Accuracy, loss and rates against the batch',
   question='Does batch normalization reach larger batches and rates?',
   grids={
-    'digits': on_digits(
+    **on_small(
       fields=DIGITS | {'model.depth': 16},
       panels=budgets(epochs=8.0, batch=64),
       rows=batches(8, 64, 512),
       columns=BATCH_COLUMNS,
       rates=(-8, -6, -4, -2, 0),
-      choices=f'{OURS} the 16-1 network, 8 epochs or as many steps as 8 epochs '
-      'of batch 64, a cosine.',
+      choices='the 16-1 network, 8 epochs or as many steps as 8 epochs of '
+      'batch 64, a cosine.',
     ),
     **on_cifar(
       fields=CIFAR | {'model.depth': 16, 'model.width': 4},
@@ -305,6 +264,53 @@ BATCH_SIZE = Study(
   rates_curve=True,
 )
 
+REMEDIES: Mapping[str, Fields] = {
+  'clipped': CLIPPED,
+  'clipped but for alpha': {**CLIPPED, 'optimizer.clip_alpha': False},
+  'LARS': {'optimizer.name': 'lars'},
+  'Muon': {'optimizer.name': 'muon'},
+}
+
+
+def with_remedies(panels: Axis) -> Axis:
+  """Each panel, followed by itself with each of REMEDIES: 'panel, remedy'."""
+  values: dict[str, Fields] = {}
+  for panel, fields in panels.values.items():
+    values[panel] = fields
+    for remedy, more in REMEDIES.items():
+      values[f'{panel}, {remedy}'] = {**fields, **more}
+  return Axis(panels.name, values)
+
+
+LARGE_BATCHES = {'digits': (32, 256, 1152), 'mnist5k': (32, 256, 1024, 3200)}
+LARGE_BATCH = Study(
+  name='large_batch',
+  title='What repairs large batches',
+  question='Without batch normalization accuracy falls as the batch grows: '
+  'what regains how much of it?',
+  grids={
+    name: on_small(
+      fields=DIGITS | {'model.depth': 16},
+      panels=with_remedies(budgets(epochs=16.0, batch=256)),
+      rows=batches(*sizes),
+      columns=(
+        'batchnorm',
+        'batchnorm_whole',
+        'skipinit',
+        'imagenet:regularized_skipinit',
+        'fixup',
+        'nf',
+      ),
+      rates=(-6, -4, -2),
+      choices='the 16-1 network, 16 epochs or as many steps as 16 epochs of '
+      'batch 256, a cosine. Adaptive clipping at 0.01 times 4096 / batch; LARS '
+      "with the rate as a kernel's relative step; Muon with decoupled decay.",
+    )[name]
+    for name, sizes in LARGE_BATCHES.items()
+  },
+  rates_curve=True,
+)
+
 IMAGENET_ROWS = (*(n for n in VARIANTS if n.startswith('imagenet:')), 'clipped')
 IMAGENET = Study(
   name='imagenet',
@@ -312,13 +318,13 @@ IMAGENET = Study(
   question='What do large batches cost without batch normalization, and what '
   'do Dropout and biases give back?',
   grids={
-    'digits': on_digits(
+    **on_small(
       fields=DIGITS | {'model.depth': 40, 'optimizer.reference_batch': 32},
       rows=batches(32, 128, 512),
       columns=IMAGENET_ROWS,
       rates=(-5, -4, -3),
-      choices=f'{OURS} the 40-1 network, 8 epochs, a cosine, a rate that grows '
-      f'with the batch. {FIXUP_RATE}',
+      choices='the 40-1 network, 8 epochs, a cosine, a rate that grows with '
+      f'the batch. {FIXUP_RATE}',
     ),
     'imagenet2012': Grid(
       recipe='imagenet',
@@ -345,12 +351,12 @@ FIRST_EPOCH = Study(
   title='Accuracy after one epoch',
   question='Does the depth slow the first epoch down?',
   grids={
-    'digits': on_digits(
+    **on_small(
       fields=DIGITS | ONE_EPOCH | {'batch_size': 8},
       rows=depths(10, 40, 100),
       columns=FIRST_COLUMNS,
       rates=(-7, -5, -4, -3),
-      choices=f'{OURS} n-1 Wide-ResNets, batch 8, a constant rate.',
+      choices='n-1 Wide-ResNets, batch 8, a constant rate.',
     ),
     **on_cifar(
       fields=CIFAR | ONE_EPOCH,
@@ -367,9 +373,35 @@ FIRST_EPOCH = Study(
   source=published.FIRST_EPOCH_SOURCE,
 )
 
+RATE_LAW = Study(
+  name='rate_law',
+  title='The best rate against the depth',
+  question='How does the best learning rate fall with the depth, and with the '
+  'effective depth that is measured?',
+  grids=on_small(
+    rows=depths(16, 28, 52, 100),
+    columns=('batchnorm', 'fixup', 'skipinit_sqrt', 'skipinit'),
+    rates=(-7, -6, -5, -4, -3, -2),
+    tuning_seeds=3,
+    seeds=1,
+    best=1,
+  ),
+  rates_curve=True,
+  law=True,
+)
+
 STUDIES = {
   s.name: s
-  for s in (DEPTH, ABLATIONS, FIXUP_PARTS, BATCH_SIZE, IMAGENET, FIRST_EPOCH)
+  for s in (
+    DEPTH,
+    ABLATIONS,
+    FIXUP_PARTS,
+    BATCH_SIZE,
+    LARGE_BATCH,
+    IMAGENET,
+    FIRST_EPOCH,
+    RATE_LAW,
+  )
 }
 
 

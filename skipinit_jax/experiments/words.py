@@ -1,7 +1,6 @@
 """How a report writes numbers, learning rates, cells and data sets."""
 
-from skipinit_jax.experiments.grid import Cell
-from skipinit_jax.experiments.studies import Grid
+from skipinit_jax.experiments.grid import Cell, Grid
 from skipinit_jax.variants import VARIANTS
 
 DASH, MINUS, TIMES = '\N{EN DASH}', '\N{MINUS SIGN}', '\N{MULTIPLICATION SIGN}'

@@ -35,6 +35,8 @@ FREE = (
   'profile_at',
   'profile_steps',
 )
+# Fields that came later, and the value that runs had before.
+ADDED = {'optimizer.name': 'sgd', 'optimizer.clip_alpha': True}
 # The other fields of the network and of the images define the run.
 OF_MODEL = ('dropout', 'statistics_group', 'scan', 'remat')
 OF_DATA = ('shift', 'flip', 'area', 'aspect', 'cutout', 'mixup', 'cutmix')
@@ -74,8 +76,6 @@ def differences(
 ) -> list[dict[str, Any]]:
   """The fields that change the numbers of a run, but for those in FREE.
 
-  A field that is newer than the run was at its default.
-
   Args:
     theirs: the config in the workdir, nested.
     ours: the config to resume with.
@@ -84,9 +84,8 @@ def differences(
     For each field: `field`, `old`, `new` and `step`, the number of steps made
     before the change; infinity until a step is made with it.
   """
-  theirs, ours = flatten_dict(theirs, sep='.'), flatten_dict(ours, sep='.')
-  defaults = flatten_dict(plain(default_config()), sep='.')
-  theirs = {k: v for k, v in defaults.items() if k in ours} | theirs
+  theirs = ADDED | flatten_dict(theirs, sep='.')
+  ours = flatten_dict(ours, sep='.')
   return [
     {
       'step': math.inf,

@@ -14,7 +14,6 @@ from skipinit_jax.models.stages import STACKED
 from skipinit_jax.training.timetable import epochs_to_steps
 
 CLASSIFIER = 'classifier'
-TRUST = 1e-3  # Of LARS: the coefficient of You et al. 2017, section 5.
 RMS = 0.2  # Of a step by Muon, as Adam's (Liu et al. 2025).
 
 
@@ -77,8 +76,9 @@ def make_optimizer(
   sgd: with momentum. L2 is the gradient of l2/2 ||w||^2 for the leaves that
   decay: it passes through the momentum, and is not clipped.
 
-  lars: the same, with the gradient of each kernel scaled to TRUST times the
-  kernel's norm (You, Gitman, Ginsburg 2017, eq. 6).
+  lars: the same, with the gradient of each kernel scaled to the kernel's norm
+  (You, Gitman, Ginsburg 2017, eq. 6). Their trust coefficient is 1 here, so
+  that the rate is a relative step; they have 0.001, and rates to match.
 
   muon: kernels but the classifier's move by their orthogonalized momentum
   (Jordan et al. 2024), scaled to a root mean square of RMS (Liu et al. 2025);
@@ -119,7 +119,7 @@ def _decay(config: ConfigDict, l2: float) -> optax.GradientTransformation:
 
 def trust_ratio() -> optax.GradientTransformation:
   """LARS's scaling of kernels, each block of a scanned stage by itself."""
-  one = optax.scale_by_trust_ratio(trust_coefficient=TRUST)
+  one = optax.scale_by_trust_ratio()
 
   def by_block(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     def scale(update: jax.Array, param: jax.Array) -> jax.Array:

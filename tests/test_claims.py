@@ -1,0 +1,124 @@
+"""The claims: judged by rules that can fail, and the page that shows them."""
+
+import json
+
+import pytest
+
+from benchmarks import claims
+from benchmarks.claims import Cell, Kept
+from skipinit_jax.errors import InputError
+
+
+def cell(method, seeds=(0.9, 0.91, 0.92), *, trains=True, **values):
+  mean = sum(seeds) / len(seeds)
+  test = {'top1': mean, 'error': 0.01, 'interval': 0.02, 'seeds': list(seeds)}
+  test |= {'loss': None, 'train_loss': None, 'diverged': 0}
+  tried = {'tried': [-16, -2], 'within_error': [-4, -2], 'largest_stable': -2}
+  return Cell(
+    tried | {'method': method, 'trains': trains, 'test': test} | values
+  )
+
+
+def kept(cells, panel=''):
+  return Kept(
+    {
+      (panel, row, c.values['method']): c
+      for row, cs in cells.items()
+      for c in cs
+    }
+  )
+
+
+def of_depths(*, plain=False, scalar=True):
+  methods = {'batchnorm': True, 'skipinit_sqrt': True, 'skipinit': scalar}
+  return kept(
+    {
+      row: [cell(m, trains=t) for m, t in (methods | {'none': plain}).items()]
+      for row in ('100', '1000')
+    }
+  )
+
+
+def test_depth_agrees_only_if_all_train_and_the_plain_network_does_not():
+  text, agrees = claims.all_train(of_depths())
+  assert agrees
+  assert 'depth 100: BatchNorm 91.0 ± 2.0' in text
+  assert 'Neither does not train (2⁻¹⁶ to 2⁻²)' in text
+  assert not claims.all_train(of_depths(plain=True))[1]
+  assert not claims.all_train(of_depths(scalar=False))[1]
+
+
+@pytest.mark.parametrize(
+  ('seeds', 'agrees'),
+  [
+    ((0.900, 0.910, 0.920), True),  # Equal, seed by seed.
+    ((0.850, 0.861, 0.869), False),  # 5 points behind each time.
+    ((0.850, 0.910, 0.970), None),  # As good in the mean, with a wide interval.
+  ],
+)
+def test_a_difference_decides_only_where_its_interval_does(seeds, agrees):
+  cells = {
+    row: [cell('batchnorm'), cell('skipinit', seeds)] for row in claims.DEPTHS
+  }
+  assert claims.as_good_as_bn(kept(cells))[1] is agrees
+
+
+@pytest.mark.parametrize(
+  ('gaps', 'agrees'),
+  [
+    ((0.0, 0.05), True),
+    ((0.0, -0.05), False),
+    ((0.05, 0.05), None),  # Ahead, and no more than before.
+    ((0.0, 0.0), None),
+  ],
+)
+def test_the_fall_with_the_batch_must_be_larger_than_before(gaps, agrees):
+  cells = {
+    row: [
+      cell('batchnorm', (0.9 + gap, 0.911 + gap, 0.92 + gap)),
+      cell('skipinit', (0.9, 0.91, 0.921)),
+    ]
+    for row, gap in zip(('64', '512'), gaps, strict=True)
+  }
+  found = kept(cells, claims.EPOCHS)
+  assert claims.falls_with_the_batch(found)[1] is agrees
+
+
+def test_rates_are_alike_where_their_ranges_meet():
+  def found(low, high):
+    ours = cell('skipinit', within_error=[low, high])
+    cells = {'8': [cell('batchnorm'), ours]}
+    return claims.rates_alike(kept(cells, claims.EPOCHS))[1]
+
+  assert found(-6, -4)
+  assert not found(-6, -5)
+  assert not found(-1, 0)
+
+
+@pytest.mark.parametrize('claim', claims.CLAIMS, ids=lambda c: c.text[:40])
+def test_every_claim_has_a_test_or_a_reason(claim):
+  assert claim.source
+  assert claim.rule
+  assert bool(claim.study) == bool(claim.test)
+  text, word = claims.judge(claim)
+  assert text
+  assert word in claims.VERDICTS
+
+
+def test_what_is_kept_has_no_single_runs(tmp_path, monkeypatch):
+  monkeypatch.setattr(claims, 'DOCS', tmp_path)
+  with pytest.raises(InputError, match='expected the results of a study'):
+    claims.keep(tmp_path)
+  values = dict(cell('none').values, panel='', row='16', held_out={'-2': {}})
+  results = {'study': 'depth', 'cells': [values], 'runs': [{'id': 'abc'}]}
+  (tmp_path / claims.JSON).write_text(json.dumps(results))
+  assert claims.keep(tmp_path) == tmp_path / 'depth.json'
+  assert 'abc' not in (tmp_path / 'depth.json').read_text()
+  assert claims.read('depth')('16', 'none').text == 'Neither 91.0 ± 2.0'
+  assert claims.read('ablations') is None
+
+
+def test_the_page_is_made_from_what_was_kept():
+  assert (claims.DOCS / 'claims.md').read_text() == claims.page()
+  readme = (claims.DOCS.parent / 'README.md').read_text()
+  assert f'({claims.summary()})' in readme
