@@ -144,7 +144,7 @@ def test_a_shrunk_photograph_shows_the_same_part():
 def test_a_photograph_that_the_fallback_does_not_shrink_shows_the_same_part():
   image = picture(np.random.default_rng(7), 401, 603, 60)
   data = encode(image, quality=98, subsampling=0)
-  flawed = data[:-2] + b'\x00\x00\x00' + data[-2:]
+  flawed = data[:-2] + bytes(40) + data[-2:]
   assert decode(flawed).fallback
   crop = CentralCrop(64, 72)
   difference = crop_of(flawed, crop).astype(int) - crop_of(data, crop)
