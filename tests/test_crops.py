@@ -146,7 +146,7 @@ def test_a_photograph_that_the_fallback_does_not_shrink_shows_the_same_part():
   data = encode(image, quality=98, subsampling=0)
   flawed = data[:-2] + bytes(40) + data[-2:]
   assert decode(flawed).fallback
-  crop = CentralCrop(64, 72)
+  crop = CentralCrop(64, 64)  # Down to the last row, where the flaw is seen.
   difference = crop_of(flawed, crop).astype(int) - crop_of(data, crop)
   assert 0 < np.abs(difference).mean() < 6
 
