@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from skipinit_jax.data.decode import DecodeError
 from skipinit_jax.data.sources import open_source
 from skipinit_jax.data.tfds import newest_version
 from skipinit_jax.errors import InputError
+from skipinit_jax.training import train
+from skipinit_jax.training.changes import check_form
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.describe import describe
 
@@ -182,6 +185,59 @@ def test_a_run_says_what_it_trains_on(both):
     assert f'data: imagenet2012{form}, 9 images to train on' in text
 
 
+def test_a_run_does_not_go_on_with_other_pixels_unseen(both, tmp_path):
+  config = default_config()
+  config.update({'allow_cpu': True, 'batch_size': 4, 'epochs': 2.0})
+  config.model.update({'depth': 10, 'width': 1})
+  config.schedule.update({'name': 'cosine', 'warmup_epochs': 0.0})
+  config.data = stream_config(
+    name='imagenet2012', dir=str(both[0]), validation=4, bad_share=0.9
+  )
+  config.checkpoint_every_steps = 1
+  run = tmp_path / 'run'
+  train(config, run)
+  (run / 'result.json').unlink()
+  shutil.rmtree(run / 'checkpoints' / '2')  # As if it was stopped there.
+  config.data.dir = str(both[1])
+  with pytest.raises(InputError) as error:
+    train(config, run)
+  line = str(error.value)
+  assert f'is of a run on original images, but data.dir holds {FORM}' in line
+  assert '\n' not in line
+  config.accept_changes = True
+  assert train(config, run)['status'] == 'completed'
+
+
+@pytest.mark.parametrize(('theirs', 'ours'), [('', 'a'), ('a', ''), ('a', 'b')])
+def test_only_another_form_of_the_images_is_refused(theirs, ours):
+  path = Path('run/checkpoints/10')
+  with pytest.raises(InputError, match=f'run on {theirs or "original images"}'):
+    check_form(path, {'form': theirs}, ours, False)
+  check_form(path, {'form': theirs}, ours, True)
+  check_form(path, {'form': theirs}, theirs, False)
+  check_form(path, {}, ours, False)  # Made before it was saved.
+
+
+def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
+  whole = write(tmp_path)
+  expected = shrink.expected_size(open_source('imagenet2012', whole), SIDE)
+  room = types.SimpleNamespace(free=expected)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: room)
+  with pytest.raises(InputError) as error:
+    prepare.prepare('imagenet2012', tmp_path, shorter_side=SIDE)
+  assert str(error.value) == (
+    f'{tmp_path} has {expected / 1e9:.3g} GB free, but '
+    f'{1.1 * expected / 1e9:.3g} GB are needed'
+  )
+  assert not (whole.parent / 'shorter_side_64').exists()
+  room.free = 1.2 * expected
+  prepare.prepare('imagenet2012', tmp_path, shorter_side=SIDE)
+  made = (whole.parent / 'shorter_side_64' / '5.1.0').iterdir()
+  images = [path for path in made if '.array_record' in path.name]
+  # Each of two files a split is filled up to 64 KB, which real ones are not.
+  assert expected < sum(path.stat().st_size for path in images) * 1.1
+
+
 def test_asked_again_it_is_there(both):
   whole, smaller, _ = both
   before = {p: p.stat().st_mtime_ns for p in smaller.iterdir()}
@@ -207,7 +263,7 @@ def test_what_was_cut_off_is_made_anew(tmp_path, monkeypatch):
 
   def interrupted(data, side):
     made.append(side)
-    if len(made) == 5:
+    if len(made) == sum(SIZES.values()) + 5:  # All are sampled before.
       raise KeyboardInterrupt
     return reencode(data, side)
 

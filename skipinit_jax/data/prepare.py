@@ -10,7 +10,7 @@ from tqdm import tqdm
 from skipinit_jax.data import imagenet
 from skipinit_jax.data.extras import require
 from skipinit_jax.data.records import Records, Source, sample
-from skipinit_jax.data.shrink import configuration, shrink
+from skipinit_jax.data.shrink import configuration, expected_size, shrink
 from skipinit_jax.data.sources import open_source
 from skipinit_jax.data.tfds import INFO, newest_version
 from skipinit_jax.errors import InputError
@@ -62,9 +62,11 @@ def prepare(
   whole = newest_version(data_dir / name)
   if whole is None:
     whole, _ = _prepare_whole(name, data_dir, manual_dir)
-  _check_sizes(name, open_source(name, whole))
+  source = open_source(name, whole)
+  _check_sizes(name, source)
   folder = place / whole.name
   _check_absent(folder)
+  _check_space(data_dir, expected_size(source, shorter_side))
   counts = shrink(whole, folder, shorter_side)
   return f'{_report(name, folder, True, began)}; {counts}'
 
@@ -84,7 +86,8 @@ def _prepare_whole(
         f'{imagenet.ARCHIVES[1]}'
       )
     imagenet.check_archives(manual_dir)
-    _check_space(data_dir, manual_dir)
+    archives = [manual_dir / file for file in imagenet.ARCHIVES]
+    _check_space(data_dir, sum(path.stat().st_size for path in archives))
   folder, made = _run_builder(name, data_dir, manual_dir)
   if name == imagenet.NAME:
     source = open_source(name, folder)
@@ -118,18 +121,17 @@ def _check_sizes(name: str, source: Source) -> dict[str, int]:
   return sizes
 
 
-def _check_space(data_dir: Path, manual_dir: Path) -> None:
-  """Checks that there is room for the records and tfds' shuffling."""
-  archives = [manual_dir / name for name in imagenet.ARCHIVES]
-  needed = 1.1 * sum(path.stat().st_size for path in archives)
+def _check_space(data_dir: Path, size: float) -> None:
+  """Checks that there is room for so many bytes of images, and a tenth more."""
+  needed = 1.1 * size
   there = data_dir
   while not there.exists():
     there = there.parent
   free = shutil.disk_usage(there).free
   if free < needed:
     raise InputError(
-      f'{data_dir} has {free / 1e9:.0f} GB free, but {needed / 1e9:.0f} GB are '
-      'needed'
+      f'{data_dir} has {free / 1e9:.3g} GB free, but {needed / 1e9:.3g} GB '
+      'are needed'
     )
 
 

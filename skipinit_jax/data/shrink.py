@@ -11,9 +11,12 @@ from tqdm import tqdm
 
 from skipinit_jax.data.decode import DecodeError, decode, jpeg_size
 from skipinit_jax.data.extras import require
+from skipinit_jax.data.reading import Unreadable
+from skipinit_jax.data.records import Source, sample
 from skipinit_jax.data.tfds import INFO, read_info
 from skipinit_jax.errors import InputError
 
+SAMPLED = 64  # Images of a split that tell how large all will be.
 QUALITY = 95  # Of libjpeg, with one chroma sample for four pixels.
 
 
@@ -49,6 +52,24 @@ class Counts:
 def configuration(side: int) -> str:
   """tfds' name for a set whose images have this shorter side."""
   return f'shorter_side_{side}'
+
+
+def expected_size(source: Source, side: int) -> float:
+  """How many bytes the smaller images of a set will have, from a sample."""
+  total = 0.0
+  for split in source.splits:
+    records, sizes = source.open(split), []
+    for index in sample(len(records), SAMPLED):
+      try:
+        data = records[index].data
+      except Unreadable:
+        continue  # `shrink` tells.
+      try:
+        sizes.append(len(reencode(data, side) or data))
+      except DecodeError:
+        sizes.append(len(data))
+    total += len(records) * sum(sizes) / max(1, len(sizes))
+  return total
 
 
 def shrink(source: Path, target: Path, side: int) -> Counts:
