@@ -146,7 +146,7 @@ def _decode_upper(
 
 
 def _place_of_height(data: bytes) -> int | None:
-  """Where a JPEG's header has its height, if its rows follow from top to bottom.
+  """Where a JPEG's header has its height, if its rows can be cut off.
 
   None for a progressive one, whose every scan has all rows; and for CMYK, which
   simplejpeg turns to RGB only after the decoder's last word.

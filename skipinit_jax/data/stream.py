@@ -133,6 +133,7 @@ class Stream:
       self.train,
       self.num_classes,
       self.config.image_size,
+      shared=self.config.workers > 0,
       area=self.config.area,
       aspect=self.config.aspect,
       flip=self.config.flip,
@@ -173,6 +174,7 @@ class Stream:
       self.evaluation,
       self.num_classes,
       self.config.image_size,
+      shared=self.config.workers > 0,
       resize=self.config.eval_resize,
     )
     rows = batch_size // process_count

@@ -246,7 +246,7 @@ def check_form(
   if theirs != ours and not accept:
     raise InputError(
       f'{path} is of a run on {theirs or "original images"}, but data.dir '
-      f'holds {ours or "original images"} here; give that run\'s data.dir, or '
+      f"holds {ours or 'original images'} here; give that run's data.dir, or "
       'go on with these images with --config.accept_changes=True'
     )
 
