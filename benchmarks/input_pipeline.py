@@ -13,6 +13,7 @@ time and memory are those of the contender and of its workers. Writes OUT.json
 tf.data takes part where TensorFlow is installed.
 """
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
@@ -37,15 +38,17 @@ AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 DRAIN = 8  # Batches discarded before the clock starts.
 
 
-def texture(rng: np.random.Generator) -> np.ndarray:
+def texture(
+  rng: np.random.Generator, height: int = 375, width: int = 500
+) -> np.ndarray:
   """Noise whose spectrum falls as 1/f, as a photograph's does."""
-  rows, columns = np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None]
+  rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
   amplitude = (rows**2 + columns**2 + 1e-5) ** -0.5
-  grain = rng.normal(0, 6, (375, 500))
+  grain = rng.normal(0, 6, (height, width))
   channels = []
   for _ in range(3):
     phase = np.exp(2j * np.pi * rng.random(amplitude.shape))
-    noise = np.fft.irfft2(amplitude * phase, (375, 500))
+    noise = np.fft.irfft2(amplitude * phase, (height, width))
     channels.append(120 + 45 * noise / noise.std() + grain)
   return np.clip(np.stack(channels, -1), 0, 255).astype(np.uint8)
 
@@ -96,7 +99,9 @@ def ours(folder: Path, workers: int) -> Iterator[object]:
     }
   )
   run = ConfigDict({'batch_size': BATCH, 'seed': 0})
-  return open_dataset(config).inputs(lambda batch: batch, run, 0)
+  data = open_dataset(config)
+  data = dataclasses.replace(data, train=large(data.train))
+  return data.inputs(lambda batch: batch, run, 0)
 
 
 def tf_data(folder: Path, workers: int) -> Iterator[object]:
@@ -104,7 +109,7 @@ def tf_data(folder: Path, workers: int) -> Iterator[object]:
 
   path = str(folder / 'textures.tfrecord')
   with tf.io.TFRecordWriter(path) as writer:
-    for record in _records(folder).source:
+    for record in records_of(folder).source:
       writer.write(record)
   fields = {
     'image': tf.io.FixedLenFeature([], tf.string),
@@ -140,7 +145,7 @@ def pillow(folder: Path, workers: int) -> Iterator[object]:
 
   from skipinit_jax.data.crops import RandomCrop
 
-  records, rng = _records(folder), np.random.default_rng(0)
+  records, rng = records_of(folder), np.random.default_rng(0)
   for first in itertools.count(0, BATCH):
     rows = []
     for i in range(first, first + BATCH):
@@ -159,7 +164,7 @@ def decode(folder: Path, workers: int) -> Iterator[object]:
   """libjpeg-turbo alone: whole images, in one thread, not kept."""
   import simplejpeg
 
-  records = _records(folder)
+  records = records_of(folder)
   files = [records[i].data for i in range(IMAGES)]
   buffer = np.empty(375 * 500 * 3, np.uint8)
   for first in itertools.count(0, BATCH):
@@ -168,7 +173,18 @@ def decode(folder: Path, workers: int) -> Iterator[object]:
     yield BATCH
 
 
-def _records(folder: Path):
+def large(records):
+  """As many records as ImageNet has, over and over the same.
+
+  Grain's shuffle draws until a number is below the size: for a few hundred, ten
+  times as long.
+  """
+  from skipinit_jax.data.records import Subset
+
+  return Subset(records, np.arange(1_281_167, dtype=np.int32) % len(records))
+
+
+def records_of(folder: Path):
   from skipinit_jax.data.sources import open_source
 
   return open_source('textures', folder).open('train')
@@ -322,6 +338,7 @@ def versions() -> dict[str, str]:
     'tensorflow-datasets',
     'array_record',
     'simplejpeg',
+    'nvidia-nvimgcodec-cu12',
     'opencv-python-headless',
     'pillow',
     'numpy',

@@ -64,6 +64,7 @@ MODULES = {
   'gpu_cost': 'benchmarks.gpu_cost',
   'on_gpu': 'benchmarks.on_gpu',
   'input_pipeline': 'benchmarks.input_pipeline',
+  'input_budget': 'benchmarks.input_budget',
 }
 modules = {name: importlib.import_module(m) for name, m in MODULES.items()}
 outside = Path(sys.argv[1])

@@ -42,6 +42,7 @@ def data(request, tmp_path_factory):
 FIELD_TYPES = {
   'resident': bool,
   'name': str,
+  'form': str,
   'num_classes': int,
   'image_shape': tuple,
   'train_size': int,

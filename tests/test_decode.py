@@ -10,7 +10,13 @@ from PIL import Image
 
 simplejpeg = pytest.importorskip('simplejpeg')
 
-from skipinit_jax.data.decode import DecodeError, decode, jpeg_size  # noqa: E402
+from skipinit_jax.data import decode as module  # noqa: E402
+from skipinit_jax.data.decode import (  # noqa: E402
+  DecodeError,
+  decode,
+  decode_rows,
+  jpeg_size,
+)
 
 
 @pytest.fixture
@@ -186,3 +192,138 @@ def test_neither_a_smaller_nor_a_larger_image_is_mixed_with_the_last():
 
   with ThreadPoolExecutor(1) as pool:
     assert pool.submit(check).result()
+
+
+def jpeg(kind, rng, height, width, quality=90):
+  """A JPEG with details of any size."""
+  pixels = picture(rng, height, width, int(rng.integers(1, 9)))
+  if kind == 'gray':
+    return encode(pixels, quality=quality, mode='L')
+  if kind.isdigit():
+    return simplejpeg.encode_jpeg(pixels, quality, colorsubsampling=kind)
+  options = {
+    'restarts by row': {'restart_marker_rows': 1},
+    'restarts within rows': {'restart_marker_blocks': 3},
+    'optimized': {'optimize': True},
+    'rgb': {'keep_rgb': True},
+    'comment': {'comment': b'\xff\xc0\x00\x11\x08\x00\x10\x00\x10\x03'},
+    'progressive': {'progressive': True},
+  }[kind]
+  return encode(pixels, quality=quality, **options)
+
+
+def taken(pixels):
+  """A copy; the buffer that the next call may return is blank."""
+  copied = pixels.copy()
+  pixels[...] = 77
+  return copied
+
+
+KINDS = ['444', '422', '420', '440', '411', 'gray', 'optimized', 'rgb']
+KINDS += ['restarts by row', 'restarts within rows', 'comment', 'progressive']
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_upper_rows_are_those_of_the_whole_image(kind, monkeypatch):
+  # What the strict decoder does not take is decoded again, by `decode`.
+  again = []
+  monkeypatch.setattr(module, 'decode', lambda *args: again.append(args))
+  rng = np.random.default_rng(KINDS.index(kind))
+  fewer = 0
+  for _ in range(60):
+    height, width = map(int, rng.integers(1, 130, 2))
+    data = jpeg(kind, rng, height, width, int(rng.integers(40, 100)))
+    for shrink in (1, 2, 4, 8):
+      rows = int(rng.integers(1, height + 1))
+      whole = decode(data, shrink)
+      assert whole.fallback is None
+      whole = taken(whole.pixels)
+      upper, by = decode_rows(data, (height, width), rows, shrink)
+      assert by == shrink
+      # Rounded to whole pixels, a box may have a row more.
+      needed = min(len(whole), -(-rows // shrink) + 1)
+      assert np.array_equal(upper[:needed], whole[:needed])
+      fewer += len(upper) < len(whole)
+  assert not again
+  assert fewer == 0 if kind == 'progressive' else fewer > 80
+
+
+@pytest.mark.parametrize('ink', [0, 128])
+def test_rows_of_cmyk_are_those_of_the_whole_image(pixels, ink):
+  data = save(cmyk(pixels, ink), 'JPEG', quality=95)
+  whole = taken(decode(data).pixels)
+  upper, _ = decode_rows(data, pixels.shape[:2], 20)
+  assert np.array_equal(upper[:20], whole[:20])
+
+
+def test_rows_are_fewer_bytes_to_decode():
+  # The decoder stops: what follows is no picture at all, and costs nothing.
+  data = jpeg('420', np.random.default_rng(0), 400, 300)
+  start = data.index(b'\xff\xda') + 14
+  half = (start + len(data)) // 2
+  noise = data[:half] + b'\x55' * (len(data) - half - 2) + data[-2:]
+  whole = taken(decode(data).pixels)
+  upper, _ = decode_rows(noise, (400, 300), 100)
+  assert len(upper) < 110
+  assert np.array_equal(upper[:100], whole[:100])
+
+
+def flip(data, place, rng):
+  data[place] ^= 1 << int(rng.integers(8))
+
+
+def cut(data, place, rng):
+  del data[place:]
+
+
+def blank_end(data, place, rng):
+  data[place:] = bytes(len(data) - place)
+
+
+def blank(data, place, rng):
+  data[place : place + 30] = bytes(30)
+
+
+def insert(data, place, rng):
+  data[place:place] = rng.bytes(5)
+
+
+def delete(data, place, rng):
+  del data[place : place + 5]
+
+
+def mark(data, place, rng):
+  data[place : place + 2] = 0xFF, int(rng.integers(1, 255))
+
+
+def outcome(function):
+  try:
+    return taken(function())
+  except DecodeError as error:
+    return str(error)
+
+
+@pytest.mark.parametrize(
+  'damage', [flip, cut, blank_end, blank, insert, delete, mark]
+)
+@pytest.mark.parametrize('kind', ['420', 'restarts by row', 'progressive'])
+def test_rows_of_a_damaged_image_are_what_the_whole_would_be(damage, kind):
+  rng = np.random.default_rng(KINDS.index(kind))
+  refused = different = 0
+  for _ in range(80):
+    height, width = map(int, rng.integers(40, 150, 2))
+    good = jpeg(kind, rng, height, width)
+    data = bytearray(good)
+    start = good.index(b'\xff\xda') + 14
+    damage(data, int(rng.integers(start, len(good) - 32)), rng)
+    data, size = bytes(data), (height, width)
+    rows = int(rng.integers(1, height + 1))
+    found = outcome(lambda: decode_rows(data, size, rows)[0])  # noqa: B023
+    whole = outcome(lambda: decode(data).pixels)  # noqa: B023
+    if isinstance(whole, str):
+      refused += 1
+      assert found == whole
+    else:
+      assert np.array_equal(found[:rows], whole[:rows])
+      different += not np.array_equal(decode(good).pixels, whole)
+  assert refused + different > 20

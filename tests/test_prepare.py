@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -28,6 +29,7 @@ pytest.importorskip('simplejpeg')
 from skipinit_jax.data import imagenet
 from skipinit_jax.data.__main__ import main
 from skipinit_jax.data.convert import _masked_crc32c, tfrecords
+from skipinit_jax.data.decode import jpeg_size
 from skipinit_jax.data.sources import open_source
 from skipinit_jax.errors import InputError
 
@@ -186,6 +188,27 @@ def test_preparing_again_says_that_it_is_there(made):
 
 
 @needs_tensorflow
+def test_a_smaller_set_is_made_of_the_whole_one(made, tmp_path):
+  folder = shutil.copytree(made[0], tmp_path / 'data')
+  arguments = ('--data-dir', folder, '--shorter-side', 44)
+  done = command('prepare', 'imagenet2012', *arguments)
+  assert done.returncode == 0, done.stderr
+  assert 'train 1,019, validation 12 images (shorter side at' in done.stdout
+  whole = open_source('imagenet2012', made[0])
+  place = folder / 'imagenet2012' / 'shorter_side_44' / '5.1.0'
+  smaller = open_source('imagenet2012', place)
+  for split, count in SIZES.items():
+    before, after = whole.open(split), smaller.open(split)
+    assert len(before) == len(after) == count
+    for i in range(count):
+      assert (after[i].name, after[i].label) == (
+        before[i].name,
+        before[i].label,
+      )
+      assert min(jpeg_size(after[i].data)) <= 44
+
+
+@needs_tensorflow
 @pytest.mark.slow
 def test_a_folder_that_holds_nothing_is_not_taken_for_prepared(tmp_path):
   half = tmp_path / 'cifar10' / '3.0.2'
@@ -197,7 +220,8 @@ def test_a_folder_that_holds_nothing_is_not_taken_for_prepared(tmp_path):
 @needs_tensorflow
 def test_a_damaged_inner_archive_leaves_nothing_behind(tmp_path):
   manual = write_archives(tmp_path / 'manual')
-  outer = {'n01440764.tar': b'not an archive' * 100}
+  outer = {f'{synset}.tar': tar({}) for synset in imagenet.synsets()}
+  outer['n01440764.tar'] = b'not an archive' * 100
   (manual / 'ILSVRC2012_img_train.tar').write_bytes(tar(outer))
   done = command(
     'prepare',

@@ -30,6 +30,7 @@ from skipinit_jax import files
 from skipinit_jax.data import open_dataset, stream
 from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.data.fields import hold_out
+from skipinit_jax.data.loader import CentralCrops
 from skipinit_jax.data.reading import Unreadable
 from skipinit_jax.data.records import Record, Subset
 from skipinit_jax.data.stream import Stream
@@ -254,6 +255,35 @@ def test_a_broken_image_is_counted_as_wrong_in_evaluation(said):
   assert said() == ['number0: on purpose', 'number17: on purpose']
   list(eval_batches(numbered(30, (0, 17)), 8))
   assert said() == []  # Once in a run.
+
+
+def test_what_shows_no_image_is_black_in_evaluation(monkeypatch, said):
+  # Memory that held something else.
+  full = functools.partial(np.full, fill_value=77)
+  monkeypatch.setattr(
+    np, 'empty', lambda shape, dtype: full(shape, dtype=dtype)
+  )
+  batches = list(eval_batches(numbered(30, (3, 17)), 8))
+  shown = np.concatenate([b['image'] for b in batches])
+  assert len(shown) == 32
+  wanted = [n if n not in (3, 17, 30, 31) else 0 for n in range(32)]
+  assert [image.tolist() for image in shown] == [
+    np.full((2, 2, 3), n).tolist() for n in wanted
+  ]
+
+
+def test_workers_write_where_the_program_reads():
+  from grain.multiprocessing import SharedMemoryArray
+
+  def image(shared):
+    crops = CentralCrops(Numbered(4), 5, 2, shared=shared, resize=2)
+    return crops([0, 1])['image']
+
+  shared, alone = image(True), image(False)
+  assert isinstance(shared, SharedMemoryArray)
+  assert type(alone) is np.ndarray
+  assert np.array_equal(shared, alone)
+  shared.unlink_on_del()
 
 
 def test_too_many_broken_records_end_the_run_with_their_list():

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -73,6 +74,7 @@ DIGITS = {
 def main() -> None:
   """Parses, and ends in one line where the input is bad."""
   cli.interrupt_as_usual()
+  logging.set_verbosity(logging.FATAL)  # Orbax says much of little.
   parser = cli.Parser(
     prog='python -m skipinit_jax.analysis',
     description='Why the scalar works: signals, paths, gradients.',

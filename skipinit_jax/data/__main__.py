@@ -43,8 +43,15 @@ def _parser() -> cli.Parser:
   command.add_argument(
     '--manual-dir', type=_folder, help="folder of imagenet2012's two archives"
   )
+  command.add_argument(
+    '--shorter-side',
+    type=cli.number(int, 1, 2**13),
+    help='also write imagenet2012 with images of so many pixels',
+  )
   command.set_defaults(
-    run=lambda args: print(prepare(args.name, args.data_dir, args.manual_dir))
+    run=lambda args: print(
+      prepare(args.name, args.data_dir, args.manual_dir, args.shorter_side)
+    )
   )
 
   command = commands.add_parser(

@@ -40,6 +40,8 @@ def check(name: str, folder: Path, workers: int = 0) -> Iterator[str]:
     RunError: a worker died.
   """
   source = open_source(name, folder)
+  if source.form:
+    print(f'{name}: {source.form}', flush=True)
   sizes = {}
   for split in source.splits:
     records = source.open(split)

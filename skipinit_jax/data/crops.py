@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from skipinit_jax.data.decode import SHRINKS, decode, jpeg_size
+from skipinit_jax.data.decode import SHRINKS, decode, decode_rows, jpeg_size
 from skipinit_jax.data.extras import require
 
 TRIES = 10  # Random boxes that are tried before the central one is taken.
@@ -86,10 +86,10 @@ def read(data: bytes, crop: RandomCrop | CentralCrop, out: np.ndarray) -> None:
   """
   if shape := jpeg_size(data):
     box = crop.box(*shape)
-    pixels = decode(data, _shrink(box, crop.size)).pixels
-    down, right = pixels.shape[0] / shape[0], pixels.shape[1] / shape[1]
-    if (down, right) != (1, 1):
-      box = _scaled(box, down, right)
+    rows, shrink = box.top + box.height, _shrink(box, crop.size)
+    pixels, shrink = decode_rows(data, shape, rows, shrink)
+    if shrink > 1:
+      box = _scaled(box, *(-(-side // shrink) / side for side in shape))
   else:
     pixels = decode(data).pixels
     box = crop.box(*pixels.shape[:2])

@@ -27,6 +27,11 @@ class Dataset(Protocol):
     ...
 
   @property
+  def form(self) -> str:
+    """What was done to the image files beforehand, for messages; or ''."""
+    ...
+
+  @property
   def num_classes(self) -> int:
     """Number of classes; labels are in [0, num_classes)."""
     ...

@@ -1,6 +1,7 @@
 """From the bytes of an image file to RGB pixels, or a reason why not."""
 
 import io
+import re
 import threading
 from typing import NamedTuple
 
@@ -10,6 +11,16 @@ from skipinit_jax.data.extras import require
 
 # Scalings that libjpeg-turbo decodes faster than a whole image.
 SHRINKS = (8, 4, 2)
+
+# Rows below a crop whose chroma enters its last rows, at any scale, and one.
+CONTEXT = 3
+# What libjpeg-turbo says of a JPEG whose header tells fewer rows than follow:
+# after them come bytes, up to the end or a restart marker. It tells only the
+# first flaw, so that the rows that it decoded have none.
+_ROWS_LEFT = re.compile(
+  r'Corrupt JPEG data: \d+ extraneous bytes before marker 0x(d[0-79])'
+)
+_END = b'\xff\xd9'
 
 _scratch = threading.local()
 
@@ -57,13 +68,7 @@ def decode(data: bytes, shrink: int = 1) -> Decoded:
   simplejpeg = require('simplejpeg')
   try:
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    least = {}
-    if shrink > 1:
-      height, width = -(-height // shrink), -(-width // shrink)
-      least = {'min_height': height, 'min_width': width, 'min_factor': shrink}
-    # A new array for every image would cost page faults.
-    buffer = _buffer(height * width * 3)
-    return Decoded(simplejpeg.decode_jpeg(data, buffer=buffer, **least), None)
+    return Decoded(_decode_strictly(data, height, width, shrink), None)
   except ValueError as error:
     reason = str(error)
   try:
@@ -71,6 +76,91 @@ def decode(data: bytes, shrink: int = 1) -> Decoded:
   except Exception as error:
     # Pillow's plug-ins raise errors of many types for a broken file.
     raise DecodeError(_reason(error, reason)) from None
+
+
+def decode_rows(
+  data: bytes, size: tuple[int, int], rows: int, shrink: int = 1
+) -> tuple[np.ndarray, int]:
+  """Decodes the upper rows of a JPEG, equal to those of `decode`.
+
+  Flaws further down go unnoticed, but for an end that is missing.
+
+  Args:
+    data: the file.
+    size: its height and width, as `jpeg_size` gives them.
+    rows: of the whole image, that are needed; more may come.
+    shrink: see `decode`.
+
+  Returns:
+    Pixels as `Decoded` has them, and by what they are shrunk: 1 if by nothing.
+
+  Raises:
+    DecodeError: see `decode`.
+  """
+  height, width = size
+  fewer = rows + CONTEXT * shrink
+  try:
+    if fewer < height and (place := _place_of_height(data)):
+      pixels = _decode_upper(data, place, fewer, width, shrink)
+    else:
+      pixels = _decode_strictly(data, height, width, shrink)
+    return pixels, shrink
+  except ValueError:
+    pixels, fallback = decode(data, shrink)
+    return pixels, shrink if fallback is None else 1
+
+
+def _decode_strictly(
+  data: bytes, height: int, width: int, shrink: int
+) -> np.ndarray:
+  """Decodes a JPEG; ValueError for any flaw that libjpeg-turbo sees."""
+  least = {}
+  if shrink > 1:
+    height, width = -(-height // shrink), -(-width // shrink)
+    least = {'min_height': height, 'min_width': width, 'min_factor': shrink}
+  # A new array for every image would cost page faults.
+  buffer = _buffer(height * width * 3)
+  return require('simplejpeg').decode_jpeg(data, buffer=buffer, **least)
+
+
+def _decode_upper(
+  data: bytes, place: int, height: int, width: int, shrink: int
+) -> np.ndarray:
+  """Decodes a JPEG as if it had `height` rows; `place`: of its own height.
+
+  libjpeg-turbo leaves the bytes of the other rows alone, but for looking for
+  the end.
+  """
+  view = memoryview(data)
+  data = b''.join((view[:place], height.to_bytes(2, 'big'), view[place + 2 :]))
+  try:
+    return _decode_strictly(data, height, width, shrink)
+  except ValueError as error:
+    left = _ROWS_LEFT.fullmatch(str(error))
+    # After a restart marker the decoder's next words, on the end, are lost.
+    if not left or not (left[1] == 'd9' or data.endswith(_END)):
+      raise
+  # All rows are there: the decoder complains at the end.
+  height, width = -(-height // shrink), -(-width // shrink)
+  return _buffer(0)[: height * width * 3].reshape(height, width, 3)
+
+
+def _place_of_height(data: bytes) -> int | None:
+  """Where a JPEG's header has its height, if its rows can be cut off.
+
+  None for a progressive one, whose every scan has all rows; and for CMYK, which
+  simplejpeg turns to RGB only after the decoder's last word.
+  """
+  place = 2
+  while data[place : place + 1] == b'\xff' and place + 10 <= len(data):
+    kind = data[place + 1]
+    if kind in (0xC0, 0xC1):  # Baseline; or with more Huffman tables.
+      bits, components = data[place + 4], data[place + 9]
+      return place + 5 if bits == 8 and components in (1, 3) else None
+    if not (kind == 0xC4 or kind == 0xDB or kind >= 0xE0):
+      return None
+    place += 2 + int.from_bytes(data[place + 2 : place + 4], 'big')
+  return None
 
 
 def _buffer(size: int) -> np.ndarray:

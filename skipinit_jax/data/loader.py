@@ -30,16 +30,22 @@ class Crops:
     records: the split.
     num_classes: labels must be below.
     size: height and width of the crops.
+    shared: workers make the batches, in memory that they share with the
+      program; only they may.
   """
 
   records: Records
   num_classes: int
   size: int
+  shared: bool
 
   def empty(self, rows: int) -> dict[str, Any]:
-    """A batch of black images, to be filled in place."""
+    """A batch of no images in particular, to be filled in place."""
+    # What lies elsewhere, Grain would copy there.
+    array = require('grain').multiprocessing.SharedMemoryArray
+    make = array if self.shared else np.empty
     return {
-      'image': np.zeros((rows, self.size, self.size, 3), np.uint8),
+      'image': make((rows, self.size, self.size, 3), np.uint8),
       'label': np.zeros(rows, np.int32),
       'broken': [],
     }
@@ -116,7 +122,8 @@ class CentralCrops(Crops):
     for row in range(mask.sum()):
       if flaw := self.fill(batch, row, positions[row], crop):
         batch['broken'].append(flaw)
-        batch['label'][row] = -1
+        batch['image'][row], batch['label'][row] = 0, -1
+    batch['image'][mask.sum() :] = 0
     return batch | {'mask': mask}
 
 
@@ -138,8 +145,10 @@ def iterate(dataset: Any, workers: int) -> Generator[Any]:
     RunError: a worker died, or met another error; one line.
   """
   grain = require('grain')
-  # A thread makes a whole batch, so that each costs the memory of one.
-  threads = 1 if workers else min(8, os.cpu_count() or 1)
+  # A thread makes a whole batch, so that each costs the memory of one. A worker
+  # needs none, since it is ahead of the program by itself; and what it had made
+  # in shared memory when it is stopped would not be freed.
+  threads = 0 if workers else min(8, os.cpu_count() or 1)
   dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, threads))
   if workers:
     # No warning about shared memory that Grain frees only at exit.

@@ -54,6 +54,7 @@ class Source(NamedTuple):
     folder: where it lies.
     splits, classes: their names; labels are indices into `classes`.
     open: opens a split; raises InputError if it is not there or damaged.
+    form: what was done to the images, as the set itself says; or ''.
   """
 
   name: str
@@ -61,6 +62,7 @@ class Source(NamedTuple):
   splits: Sequence[str]
   classes: Sequence[str]
   open: Callable[[str], Records]
+  form: str = ''
 
   def eval_split(self, wanted: str) -> str:
     """The split to evaluate on: `wanted`, or the usual one where empty."""

@@ -47,6 +47,11 @@ class Resident:
     _check(self.name, 'eval', self.eval_images, self.eval_labels, classes)
 
   @property
+  def form(self) -> str:
+    """The images are as published."""
+    return ''
+
+  @property
   def num_classes(self) -> int:
     """Number of classes."""
     return self.augmentation.num_classes

@@ -53,12 +53,14 @@ class Stream:
       images than this share of a split end the run.
     train, evaluation: the records.
     augmentation: the device's part.
+    form: see `Source`.
   """
 
   config: ConfigDict
   train: Records
   evaluation: Records
   augmentation: Augmentation
+  form: str = ''
 
   resident: ClassVar[bool] = False
 
@@ -131,6 +133,7 @@ class Stream:
       self.train,
       self.num_classes,
       self.config.image_size,
+      shared=self.config.workers > 0,
       area=self.config.area,
       aspect=self.config.aspect,
       flip=self.config.flip,
@@ -171,6 +174,7 @@ class Stream:
       self.evaluation,
       self.num_classes,
       self.config.image_size,
+      shared=self.config.workers > 0,
       resize=self.config.eval_resize,
     )
     rows = batch_size // process_count
@@ -251,7 +255,7 @@ def open_stream(config: ConfigDict) -> Stream:
   augmentation = make_augmentation(
     config, len(source.classes), shape, MEAN, STD
   )
-  return Stream(config, train, evaluation, augmentation)
+  return Stream(config, train, evaluation, augmentation, source.form)
 
 
 def _open_split(source: Source, split: str, size: int) -> Records:

@@ -15,6 +15,7 @@ from skipinit_jax.errors import InputError, RunError, unknown
 from skipinit_jax.files import retry
 
 INFO = 'dataset_info.json'
+LONGEST = 100  # Characters of what a set says about its configuration.
 # An error of array_record that is the system's, not a wrong checksum.
 _FAILED = re.compile(
   r'^(\w+\(\) failed: [^;]+)(?:; (?:reading|opening) ([^;]+))?'
@@ -76,7 +77,8 @@ def open_tfds(name: str, folder: Path) -> Source:
   tfds = require('tensorflow_datasets')
   require('array_record')
   prepared = find_prepared(name, folder)
-  file_format = read_info(prepared).get('fileFormat', 'tfrecord')
+  info = read_info(prepared)
+  file_format = info.get('fileFormat', 'tfrecord')
   if file_format != 'array_record':
     raise InputError(
       f'{prepared} holds {file_format} files, which can not be read at random '
@@ -102,7 +104,9 @@ def open_tfds(name: str, folder: Path) -> Source:
     except (ValueError, AssertionError) as error:  # As in train[:
       raise InputError(f'split {split!r} of {name}: {error}') from None
 
-  return Source(name, prepared, list(builder.info.splits), classes, open_split)
+  form = ' '.join(str(info.get('configDescription', '')).split())[:LONGEST]
+  splits = list(builder.info.splits)
+  return Source(name, prepared, splits, classes, open_split, form)
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -126,24 +130,32 @@ def find_prepared(name: str, folder: Path) -> Path:
   """
   if (folder / INFO).is_file():
     return folder
-  versions = [
-    path.parent
-    for depth in ('*', '*/*')  # A version, or a configuration's version.
-    for path in folder.glob(f'{name}/{depth}/{INFO}')
-    if re.fullmatch(r'\d+\.\d+\.\d+', path.parent.name)
-  ]
-  if len({path.parent for path in versions}) > 1:
+  places = folder / name, *folder.glob(f'{name}/*')  # Of configurations.
+  found = [path for place in places if (path := newest_version(place))]
+  if len(found) > 1:
     raise InputError(
       f'{folder / name} has several configurations; give one as data.dir: '
-      f'{", ".join(sorted(map(str, versions)))}'
+      f'{", ".join(sorted(map(str, found)))}'
     )
-  if versions:
-    return max(versions, key=lambda p: [int(n) for n in p.name.split('.')])
+  if found:
+    return found[0]
   raise InputError(
     f'no {name} in {folder}; run: python -m skipinit_jax.data prepare {name} '
     f'--data-dir {folder}'
     + (' --manual-dir ARCHIVES' if name == 'imagenet2012' else '')
     + " (needs: pip install 'skipinit-jax[prepare]')"
+  )
+
+
+def newest_version(folder: Path) -> Path | None:
+  """The newest prepared version in the folder of a set; None: there is none."""
+  versions = [
+    path.parent
+    for path in folder.glob(f'*/{INFO}')
+    if re.fullmatch(r'\d+\.\d+\.\d+', path.parent.name)
+  ]
+  return max(
+    versions, key=lambda p: [int(n) for n in p.name.split('.')], default=None
   )
 
 

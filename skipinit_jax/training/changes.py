@@ -226,6 +226,31 @@ def check_order(
     )
 
 
+def check_form(
+  path: epath.Path, saved: Mapping[str, Any], ours: str, accept: bool
+) -> None:
+  """Compares what was done to the images of a run with those here.
+
+  `data.dir` may change when a run resumes, but not to other pixels unseen.
+
+  Args:
+    path: of the checkpoint.
+    saved: what was saved with it; `form` is missing in older ones.
+    ours: of the images here, see `Dataset`.
+    accept: go on with them.
+
+  Raises:
+    InputError: it is something else.
+  """
+  theirs = saved.get('form', ours)
+  if theirs != ours and not accept:
+    raise InputError(
+      f'{path} is of a run on {theirs or "original images"}, but data.dir '
+      f"holds {ours or 'original images'} here; give that run's data.dir, or "
+      'go on with these images with --config.accept_changes=True'
+    )
+
+
 def _are_changes(value: Any) -> bool:
   """Whether `value` is what `differences` returns."""
   return isinstance(value, list) and all(

@@ -21,6 +21,7 @@ from skipinit_jax.errors import InputError, RunError, of_system, reason
 from skipinit_jax.files import retry
 from skipinit_jax.models.stages import STACKED, stack_blocks, unstack_blocks
 from skipinit_jax.training.changes import (
+  check_form,
   check_order,
   check_origin,
   run_fields,
@@ -49,6 +50,7 @@ class Checkpoints:
       top-1 of those saved after an evaluation; `fall_back` lets a damaged one
       be passed over.
     say: called with a line about each damaged checkpoint.
+    form: of the images that are trained on, see `Dataset`.
     read_only: changes nothing in the workdir, whose run may be in progress.
   """
 
@@ -57,10 +59,12 @@ class Checkpoints:
     workdir: os.PathLike | str,
     config: ConfigDict,
     say: Callable[[str], None],
+    form: str = '',
     read_only: bool = False,
   ):
     self._folder = epath.Path(workdir) / FOLDER
     self._config, self._say, self._read_only = config, say, read_only
+    self._form = form
     self._saving = None
     self._open()
 
@@ -126,6 +130,7 @@ class Checkpoints:
       'step': step,
       'fields': run_fields(self._config),
       'order': order_of(self._config.data),
+      'form': self._form,
     }
     with _errors_as(self._not_written()):
       saved = self._manager.save(
@@ -163,8 +168,8 @@ class Checkpoints:
     and, unless this is read-only, moved out of the way.
 
     Raises:
-      InputError: the newest was made by another run, at another step, or in
-        another order of images.
+      InputError: the newest was made by another run, at another step, in
+        another order of images, or on images in another form.
       RunError: the newest is damaged and there is none before it, or it may not
         be passed over; or it can't be read for now.
     """
@@ -193,8 +198,8 @@ class Checkpoints:
     """The state saved at `step`; see `restore_latest`.
 
     Raises:
-      InputError: it was made by another run or network, at another step, or in
-        another order of images.
+      InputError: it was made by another run or network, at another step, in
+        another order of images, or on images in another form.
       Damaged: it can be read, but not as it was written.
       RunError: it can't be read for now.
     """
@@ -218,6 +223,7 @@ class Checkpoints:
     check_origin(path, check, self._folder.parent, accept)
     if not self._read_only:  # Else no step follows.
       check_order(path, check, order_of(self._config.data), accept)
+      check_form(path, check, self._form, accept)
     return replicate(state)
 
   def _restore(

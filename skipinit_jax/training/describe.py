@@ -43,11 +43,12 @@ def describe(
   devices = jax.devices()
   platform = devices[0].platform
   start = int(state.step)
+  form = f' ({data.form})' if data.form else ''
   lines = [
     f'workdir: {workdir}',
     f'devices: {len(devices)} x {devices[0].device_kind} ({platform}), '
     f'{model.dtype} computation',
-    f'data: {data.name}, {data.train_size:,} images to train on, '
+    f'data: {data.name}{form}, {data.train_size:,} images to train on, '
     f'{data.eval_size:,} to evaluate on, {data.num_classes} classes',
     f'model: {config.model.name} of depth {config.model.depth}, '
     f'{model.num_blocks} residual blocks, {name}',

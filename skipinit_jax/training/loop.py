@@ -80,7 +80,9 @@ def train(
     at_end.enter_context(_errors_with_files(workdir, check_held))
     devices.set_compilation_cache(config.compilation_cache)
     request = at_end.enter_context(StopRequest(say))
-    checkpoints = at_end.enter_context(Checkpoints(workdir, config, say))
+    checkpoints = at_end.enter_context(
+      Checkpoints(workdir, config, say, program.data.form)
+    )
     step, state = resume.restore_or_create(program, checkpoints, changes)
     record_changes(workdir, config, changes, step)
     reporter = _open_reporter(workdir, config, times, step, state)
