@@ -2,6 +2,7 @@
 
 import io
 import json
+import statistics
 from pathlib import Path
 
 import jax
@@ -202,6 +203,17 @@ def test_tables_of_the_docs_are_those_of_the_files(file, table):
   report = json.loads((ROOT / 'docs' / f'{file}.json').read_text())
   page = {'cpu': 'cpu.md', 'gpu': 'gpu.md'}.get(file[:3], 'measurements.md')
   assert table(report) in (ROOT / 'docs' / page).read_text()
+
+
+def test_the_readme_says_how_fast_images_are_read():
+  rounds = json.loads((ROOT / 'docs' / 'input_pipeline.json').read_text())
+  ours, theirs = (
+    [each['cpu'] for each in rounds['rounds'][name]]
+    for name in ('ours, 2 workers', 'tf.data, decode_and_crop_jpeg')
+  )
+  ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+  said = f"read at {statistics.median(ratios):.2f} times [tf.data's rate]"
+  assert said in (ROOT / 'README.md').read_text()
 
 
 def test_steps_need_no_more_than_they_did():
