@@ -273,7 +273,10 @@ claim is undecided where an interval leaves it open.
 
 def keep(workdir: Path) -> Path:
   """Keeps the means of a study or of analyses; returns the file."""
-  if (workdir / 'lesions.json').exists():
+  if (workdir / 'training.json').exists():
+    training = keep_training(workdir)
+    if not (workdir / 'lesions.json').exists():
+      return training
     kept, results = DOCS / 'analysis.json', of_analysis(workdir)
   else:
     results = read_results(workdir / JSON)
@@ -283,6 +286,16 @@ def keep(workdir: Path) -> Path:
     kept = DOCS / f'{results["study"]}.json'
   write_json(kept, results)
   return kept
+
+
+def keep_training(workdir: Path) -> Path:
+  """Keeps the analysis along training, by depth."""
+  fields = read_results(workdir / 'runs' / 'skipinit' / 'config.json')
+  path = DOCS / 'along_training.json'
+  kept = json.loads(path.read_text()) if path.exists() else {}
+  kept[str(fields['model']['depth'])] = read_results(workdir / 'training.json')
+  write_json(path, kept)
+  return path
 
 
 def of_analysis(workdir: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import claims, rules
 from benchmarks.rules import Cell, Kept
+from skipinit_jax.analysis import along_training
 from skipinit_jax.errors import InputError
 
 
@@ -203,6 +204,27 @@ def test_clipping_regains_where_its_interval_says_so(gap, agrees):
   text, found = rules.clipping_regains(Kept(cells))
   assert found is agrees
   assert 'batch 1152' in text
+
+
+def test_the_tables_along_training_are_those_of_their_file():
+  kept = json.loads((claims.DOCS / 'along_training.json').read_text())
+  page = (claims.DOCS / 'how_it_works.md').read_text()
+  assert {'40', '100'} <= kept.keys()
+  for measured in kept.values():
+    assert along_training.table(measured).strip() in page
+
+
+def test_what_is_kept_along_training_has_its_depth(tmp_path, monkeypatch):
+  monkeypatch.setattr(claims, 'DOCS', tmp_path)
+  for depth in (16, 40):
+    run = tmp_path / str(depth) / 'runs' / 'skipinit'
+    run.mkdir(parents=True)
+    (run / 'config.json').write_text(json.dumps({'model': {'depth': depth}}))
+    found = {'skipinit': {'epoch': [depth]}}
+    (tmp_path / str(depth) / 'training.json').write_text(json.dumps(found))
+    path = claims.keep(tmp_path / str(depth))
+  kept = json.loads(path.read_text())
+  assert [m['skipinit']['epoch'] for m in kept.values()] == [[16], [40]]
 
 
 def test_the_page_is_made_from_what_was_kept():
