@@ -201,6 +201,24 @@ def test_a_worker_keeps_to_runs_of_one_program(monkeypatch, tmp_path):
   assert len({process for _, process in made}) == 1
 
 
+def test_a_worker_waits_for_what_follows_from_a_result(monkeypatch, tmp_path):
+  log = tmp_path / 'log'
+  stand_in = STAND_IN.replace('LOG', repr(str(log)))
+  monkeypatch.setattr(engines, 'WORKER', [sys.executable, '-c', stand_in])
+  monkeypatch.setattr(engines, 'FOLLOWS_WITHIN', 100.0)
+  (tmp_path / 'log-go').touch()
+  with engines.local(tmp_path, 1) as submit:
+    other = submit(Named('other', 'b'))
+    first = submit(Named('first', 'b'))
+    first.result(timeout=100)
+    submit(Named('unlike', 'a'))
+    follows = submit(Named('follows', 'b'))
+    follows.result(timeout=100)
+    assert other.done()
+  made = [line.split()[0] for line in log.read_text().splitlines()]
+  assert made == ['other', 'first', 'follows']
+
+
 def test_a_run_that_ends_its_worker_has_its_status_and_the_next_a_new_one(
   monkeypatch, tmp_path
 ):

@@ -20,6 +20,7 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.experiments.grid import Run
 
 MEMORY = 0.9  # Share of a GPU's memory, for all runs on it together.
+FOLLOWS_WITHIN = 1.0  # Seconds; compiling another program takes many more.
 RESTARTS = 10  # Of a run, when Ray loses its machine or process.
 # The folder of this package, for a checkout that is not installed.
 PACKAGE = str(Path(__file__).resolve().parents[2])
@@ -122,7 +123,7 @@ def local(workdir: Path, jobs: int) -> Iterator[Submit]:
     future = concurrent.futures.Future()
     with changed:
       waiting.append((run, future))
-      changed.notify()
+      changed.notify_all()
     return future
 
   def take(worker: Worker) -> tuple[Run, concurrent.futures.Future]:
@@ -138,9 +139,16 @@ def local(workdir: Path, jobs: int) -> Iterator[Submit]:
     programs[worker] = chosen[0].program
     return chosen
 
+  def has_more(worker: Worker) -> bool:
+    if ended.is_set() or worker not in programs:
+      return True
+    return any(run.program == programs[worker] for run, _ in waiting)
+
   def serve(worker: Worker) -> None:
     while True:
       with changed:
+        # What comes of a result, such as another rate, shares the program.
+        changed.wait_for(lambda: has_more(worker), FOLLOWS_WITHIN)
         changed.wait_for(lambda: waiting or ended.is_set())
         if ended.is_set():
           return

@@ -294,7 +294,7 @@ def with_remedies(panels: Axis, repaired: str) -> Axis:
   return Axis(panels.name, {**panels.values, **more})
 
 
-LARGE_BATCHES = {'digits': (32, 1152), 'mnist5k': (32, 256, 1024, 3200)}
+LARGE_BATCHES = {'digits': (32, 256, 1152), 'mnist5k': (32, 256, 1024, 3200)}
 LARGE_BATCH = Study(
   name='large_batch',
   title='What repairs large batches',
