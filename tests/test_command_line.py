@@ -86,7 +86,7 @@ EXHAUSTED = """
 import jax
 import skipinit_jax.training.__main__ as command
 
-def train(config, workdir):
+def train(config, workdir, make):
   raise jax.errors.JaxRuntimeError('MESSAGE\\nmore')
 
 command.train = train

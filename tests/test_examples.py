@@ -1,7 +1,9 @@
 """Every example runs; and the arithmetic of the private one."""
 
 import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,46 @@ def test_examples_end_well(name):
 @pytest.mark.parametrize('name', EXAMPLES)
 def test_examples_import_what_exists(name):
   assert importlib.import_module(f'examples.{name}').__doc__
+
+
+@pytest.mark.parametrize(
+  'short', [True, pytest.param(False, marks=pytest.mark.slow)]
+)
+def test_the_notebook_shows_the_effect(short, tmp_path):
+  """Its code runs; and at 100 layers only the network with neither fails."""
+  notebook = json.loads((ROOT / 'examples' / 'effect.ipynb').read_text())
+  cells = [c for c in notebook['cells'] if c['cell_type'] == 'code']
+  code = '\n'.join(''.join(cell['source']) for cell in cells)
+  if short:
+    assert 'DEPTH, EPOCHS, BATCH = 100, 4' in code
+    code = code.replace('EPOCHS, BATCH = 100, 4', 'EPOCHS, BATCH = 10, 1')
+  script = tmp_path / 'effect.py'
+  script.write_text(code)
+  done = subprocess.run(
+    [sys.executable, script],
+    env={
+      **os.environ,
+      'PYTHONPATH': str(ROOT),
+      'MPLBACKEND': 'Agg',
+      'XLA_FLAGS': xla_flags(1) if short else '',
+    },
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  saved = [
+    ''.join(output['text'])
+    for cell in cells
+    for output in cell['outputs']
+    if output['output_type'] == 'stream'
+  ]
+  for text, trains in ((done.stdout, not short), (''.join(saved), True)):
+    found = dict(re.findall(r'^(.*): loss .*accuracy ([\d.]+)%$', text, re.M))
+    assert len(found) == 4
+    for label, accuracy in found.items():
+      if trains:
+        assert (float(accuracy) > 90) == (not label.startswith('neither'))
 
 
 # Per-example gradients.

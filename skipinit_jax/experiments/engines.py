@@ -72,9 +72,10 @@ class Worker:
           self._process.stdin.close()
 
   def wait(self) -> None:
-    """Returns when the process that was stopped has ended."""
-    if self._process is not None:
-      self._end()
+    """Ends the process, which has no run, and returns when it has ended."""
+    with self._lock:
+      if self._process is not None:
+        self._end()
 
   def _end(self) -> int:
     process, self._process = self._process, None
@@ -151,13 +152,14 @@ def local(workdir: Path, jobs: int) -> Iterator[Submit]:
         changed.wait_for(lambda: has_more(worker), FOLLOWS_WITHIN)
         changed.wait_for(lambda: waiting or ended.is_set())
         if ended.is_set():
-          return
+          break
         run, future = take(worker)
       try:
         folder = str(run.folder(workdir))
         future.set_result(worker.run(run.arguments(workdir), folder))
       except Exception as error:  # Handed on to whom it concerns.
         future.set_exception(error)
+    worker.wait()
 
   with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
     for worker in workers:
@@ -170,8 +172,6 @@ def local(workdir: Path, jobs: int) -> Iterator[Submit]:
         changed.notify_all()
       for worker in workers:
         worker.stop()
-  for worker in workers:
-    worker.wait()
 
 
 def require_ray() -> ModuleType:
