@@ -21,4 +21,5 @@ from skipinit_jax.models import fold_params as fold_params
 from skipinit_jax.models import load_body as load_body
 from skipinit_jax.models import param_labels as param_labels
 from skipinit_jax.models import stage_outputs as stage_outputs
+from skipinit_jax.pretrained import load_pretrained as load_pretrained
 from skipinit_jax.version import __version__ as __version__

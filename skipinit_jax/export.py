@@ -34,9 +34,10 @@ from skipinit_jax.data.augment import Augmentation
 from skipinit_jax.errors import InputError, RunError, unknown
 from skipinit_jax.files import dumps, write_json
 from skipinit_jax.models.fold import fold
-from skipinit_jax.models.methods import Method, resolve_method
+from skipinit_jax.models.methods import resolve_method
 from skipinit_jax.models.resnet import ResNet
 from skipinit_jax.models.stages import stack_blocks, unstack_blocks
+from skipinit_jax.pretrained import network_of
 from skipinit_jax.training.saved import Saved, load_run
 from skipinit_jax.version import __version__
 from skipinit_jax.weights import SEPARATOR, load_weights, save_weights
@@ -165,11 +166,7 @@ def load(out: os.PathLike | str) -> Network:
 
 def _load(out: Path, described: Mapping[str, Any]) -> Network:
   """The network of a description, with the weights of an export."""
-  fields = described['network'] | {
-    'stage_sizes': tuple(described['network']['stage_sizes']),
-    'method': Method(**described['network']['method']),
-  }
-  model = ResNet(**fields, dtype='float32')
+  model = network_of(described['network']).clone(dtype='float32')
   shape = (1, *described['input']['shape'][1:])
   like = jax.eval_shape(
     lambda: model.clone(scan=False).init(

@@ -3,8 +3,11 @@
 import atexit
 import importlib
 import os
+import random
 import shutil
+import subprocess
 import tempfile
+from collections import defaultdict
 
 # Before JAX is imported, also for the programs that tests start.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -26,6 +29,33 @@ set_cpu_flag()  # As the programs do, which tests compare with.
 jax.devices()
 os.environ['XLA_FLAGS'] = ''  # The TPU compiler knows fewer.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def seed():
+  """TEST_SEED, or the commit's hash: each commit draws other cases."""
+  command = ['git', 'rev-parse', 'HEAD']
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+  except OSError:
+    return os.environ.get('TEST_SEED', '')
+  return os.environ.get('TEST_SEED', done.stdout.strip())
+
+
+def pytest_report_header():
+  return f'TEST_SEED={seed()}'
+
+
+@pytest.hookimpl(tryfirst=True)  # Before slow tests are left out.
+def pytest_collection_modifyitems(items):
+  """Of a test marked `sampled(n)` all cases but n count as slow."""
+  tests = defaultdict(list)
+  for item in items:
+    if mark := item.get_closest_marker('sampled'):
+      tests[item.nodeid.partition('[')[0], mark.args[0]].append(item)
+  rng = random.Random(seed())
+  for (_, number), cases in tests.items():
+    for case in rng.sample(cases, max(0, len(cases) - number)):
+      case.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -324,6 +324,7 @@ def test_a_step_that_jax_has_no_memory_for_says_how_to_have_more(measured):
   assert '--config.micro_batches=2' in line
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('name', [*(f'{g}x2' for g in chips.GPUS), 'h100x16'])
 def test_every_gpu_is_one_that_the_compiler_takes(name):
   code = """

@@ -126,6 +126,7 @@ def test_the_table_along_training_has_the_first_and_the_last():
   assert lines[2] == '| SkipInit 0 | 0 | 1.25 (2) | 12.5 | - (1.9) |'
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('kind', ['propagation', 'curvature', 'training'])
 def test_kinds_look_at_a_run(kind, watched, tmp_path, capsys):
   status, err = command(

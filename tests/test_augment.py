@@ -255,6 +255,7 @@ def test_cutmix_boxes_are_one_minus_beta_where_the_edge_does_not_cut():
 ALL = {'shift': 2, 'flip': True, 'cutout': 2}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('mixing', [{}, {'mixup': 0.5, 'cutmix': 1.0}])
 def test_cutting_the_batch_into_even_parts_changes_nothing(
   mixing, cheap_shares

@@ -157,6 +157,7 @@ def test_parts_are_shown_by_setting():
   assert lines[2] == '| a pool | ' + ' | '.join([cells] * 3) + ' |'
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('symmetric', [False, True])
 def test_the_network_that_jax_differentiates_is_ours(symmetric):
   x = jnp.ones((2, 16, 16, 3))
@@ -311,6 +312,7 @@ def test_tables_of_a_gpu_say_what_did_not_run():
   assert '| deterministic | yes | 10.0 | 0.33 |' in lines
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('part', [*on_gpu.SERVE])
 def test_parts_of_a_gpu_run_here_too(part, monkeypatch, capsys):
   monkeypatch.setattr('sys.stdin', io.StringIO('go\n'))

@@ -77,6 +77,7 @@ def assert_close(narrow, full):
 
 
 # Standardized kernels have mean 0: each sum is a small difference.
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize('method', sorted(METHODS.keys() - {'nf'}))
 @pytest.mark.parametrize('family', [wide, bottleneck])
 def test_gradients_of_a_network_are_those_in_float32(family, method):
@@ -182,10 +183,11 @@ from skipinit_jax.training.recipes import load_recipe
 jax.config.update('jax_platforms', 'cpu')
 where = topology('v5e:2x2')
 found = {}
-for row in sys.argv[3:]:
+for row in sys.argv[4:]:
   config = load_recipe(f'imagenet:{row},batch={4 * int(sys.argv[1])}')
   config.model.statistics_group = 'device'
   config.data.image_size = int(sys.argv[2])
+  config.model.depth = int(sys.argv[3])
   program, _, args = compute(config, where)
   text = program.train_step.lower(*args).compile().as_text()
   found[row] = narrow_sums(text)
@@ -194,13 +196,13 @@ print(json.dumps(found))
 
 
 def test_a_tpu_adds_up_nothing_long_in_bfloat16():
-  found = by_compiler('v5e:2x2', TPU, 8, 64, 'fixup_dropout')
+  found = by_compiler('v5e:2x2', TPU, 8, 64, 18, 'fixup_dropout')
   assert found == {'fixup_dropout': []}
 
 
 @pytest.mark.slow
 def test_a_tpu_adds_up_nothing_long_in_bfloat16_in_any_row():
   rows = imagenet.ROWS
-  assert by_compiler('v5e:2x2', TPU, 64, 224, *rows) == {
+  assert by_compiler('v5e:2x2', TPU, 64, 224, 50, *rows) == {
     row: [] for row in rows
   }

@@ -114,6 +114,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
   ('sizes', 'window', 'strides', 'padding', 'dilation'), CASES
 )

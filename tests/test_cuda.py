@@ -91,6 +91,7 @@ def operations(platform):
   return found
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('platform', ['cpu', 'tpu', 'cuda'])
 def test_the_step_of_other_platforms_is_the_plain_one(platform, monkeypatch):
   program = 'skipinit_jax.training.program.map_over_devices'
@@ -139,6 +140,7 @@ def compiled(topology, recipe, changes, *flags):
   )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('topology', ['v5e:2x2', 'h100x1'])
 @pytest.mark.parametrize(
   'recipe',

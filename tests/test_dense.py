@@ -69,6 +69,7 @@ def test_computes_what_its_definition_says(method, activation, layers, skip):
   assert bool(stats) == METHODS[method].normalize
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('method', NAMES)
 def test_scanned_equals_unrolled(method):
   model, x = DenseResNet(4, 5, method=method), normal(SHAPE)

@@ -20,9 +20,9 @@ from skipinit_jax.models import ResNet
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in ROOT.glob('examples/*.py'))
-# The others take a minute each; tests of exports, of the transformer and of
+# The others take longer; tests of exports, of NNX, of the transformer and of
 # private steps run parts of theirs.
-QUICK = ('linen', 'nnx')
+QUICK = ('linen', 'minimal')
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,7 @@ def apart(a, b):
   return float(difference / jnp.abs(b).max())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
   ('method', 'its_own'),
   [('skipinit', True), ('fixup', True), ('batchnorm', False)],

@@ -299,6 +299,7 @@ def assert_saved(before):
     assert max(int(n) for n in saved if n.isdecimal()) >= step, output
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
   'number', [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1]
 )
@@ -319,6 +320,7 @@ def test_a_runner_that_ends_takes_its_runs_along_and_they_are_saved(
   assert_saved(before)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_a_study_and_its_runs_at_once_saves_all_of_them(
   tmp_path, number

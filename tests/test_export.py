@@ -90,6 +90,7 @@ def close(found, expected):
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * scale)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
   ('fields', 'scalars', 'gain'),
   [

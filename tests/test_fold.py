@@ -81,6 +81,7 @@ def close(a, b, tolerance):
   assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize('method', FOLDED)
 @pytest.mark.parametrize('network', NETWORKS)
 @pytest.mark.parametrize(

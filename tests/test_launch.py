@@ -301,6 +301,7 @@ def test_tpu_trains_the_commit_that_was_there_at_the_start(tmp_path):
   assert not [*tmp_path.rglob('pwned')]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('status', [1, 2, 3, 130])
 def test_tpu_ends_what_starting_again_does_not_mend(status, tmp_path):
   done, cluster = tpu(tmp_path, run_0=[76, status], run_1=[0, 76])
@@ -469,6 +470,7 @@ INTERRUPTED = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize('event', ['ctrl-c', 'kill'])
 @pytest.mark.parametrize('where', INTERRUPTED)
 def test_tpu_script_that_is_interrupted_leaves_nothing(where, event, tmp_path):

@@ -328,6 +328,7 @@ def reference(name):
 TRANSFORMED = ['skipinit', 'dense', 'block', 'fixup_block', 'bottleneck']
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize('transform', TRANSFORMS)
 @pytest.mark.parametrize(
   'name',

@@ -30,6 +30,7 @@ def bits(method, steps=3):
   return jax.device_get((state, metrics, sums))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('method', ['skipinit', 'batchnorm'])
 def test_by_jit_of_shard_map_a_run_has_the_same_bits(method, monkeypatch):
   expected = bits(method)

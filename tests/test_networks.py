@@ -54,6 +54,7 @@ def gradients(model, variables, x, seed=9):
   return flatten(compiled(model, jax.grad(loss))(variables['params']))
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(('family', 'method'), NETWORKS)
 def test_networks_start_with_finite_float32_logits(family, method):
   model, shape = FAMILIES[family]
@@ -81,6 +82,7 @@ def test_networks_start_with_finite_float32_logits(family, method):
     assert np.asarray(logits).any() == (method != 'fixup')
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(('family', 'method'), NETWORKS)
 def test_every_parameter_reaches_the_logits(family, method):
   model, shape = FAMILIES[family]
@@ -659,6 +661,7 @@ def test_training_without_dropout_needs_no_key():
 # Transformations.
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('method', ['skipinit', 'fixup'])
 def test_per_example_gradients_average_to_the_batch_gradient(method):
   # 4x4, so that the product for 2x2 images is mapped too.

@@ -236,6 +236,7 @@ def outcome(model, variables, x):
   return {'grads': grads, 'logits': logits}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('sizes', [(3, 2), (7, 1)])
 def test_scanned_and_recomputed_networks_are_the_same(sizes):
   model = small_resnet(sizes, 'nf')

@@ -237,6 +237,7 @@ def train_step(model, optimizer):
   return value
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('name', MODELS)
 def test_steps_on_nnx_are_the_steps_on_linen(name):
   model = MODELS[name]

@@ -359,6 +359,7 @@ def test_muon_decays_apart_from_the_gradient():
     np.testing.assert_allclose(value, without[name] - less, atol=1e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('name', ['lars', 'muon'])
 def test_stacked_kernels_move_as_those_of_the_blocks(name):
   model = WideResNet(22, 1, 3, method='skipinit', biases=True)

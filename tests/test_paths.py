@@ -62,6 +62,7 @@ def enumerated(method):
   return model, variables, every
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('method', METHODS)
 def test_the_gradients_of_all_paths_add_up_to_the_gradient(method):
   model, variables, every = enumerated(method)
@@ -148,6 +149,7 @@ def test_samples_converge_to_the_mean_of_all_paths(method):
   np.testing.assert_allclose(many['effective_depth'], depth)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('scan', [False, True])
 def test_draws_are_those_of_one_network_after_the_other(scan):
   images, labels = data()

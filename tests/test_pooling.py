@@ -40,6 +40,7 @@ def by_example(f, x, y):
   return jax.vmap(lambda x, y: gradient(f, x[None], y[None])[0])(x, y)
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize('symmetric', [False, True])
 @pytest.mark.parametrize('sizes', [(8, 8), (7, 7), (5, 8), (1, 2), (3, 1)])
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from skipinit_jax import __version__
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 URL = PROJECT['urls']['Repository']
-RAW = URL.replace('github.com', 'raw.githubusercontent.com') + '/main/'
 TOOLS = {'pip', 'python', 'ruff', 'basedpyright', 'pytest', 'zensical'}
 
 
@@ -39,16 +38,6 @@ def test_addresses_of_the_project_lead_to_its_files():
   for address in PROJECT['urls'].values():
     _, blob, file = address.partition(f'{URL}/blob/main/')
     assert not blob or (ROOT / file).exists(), address
-
-
-def test_images_of_the_readme_have_addresses_that_work_anywhere():
-  images = re.findall(
-    r'!\[[^\]]*\]\(([^)]+)\)', (ROOT / 'README.md').read_text()
-  )
-  assert images
-  for image in images:
-    assert image.startswith(RAW), image
-    assert (ROOT / image.removeprefix(RAW)).is_file(), image
 
 
 def commands(job):

@@ -229,6 +229,7 @@ def randomized(model, x):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('method', METHODS)
 def test_captures_what_numpy_says_scanned_or_not(method):
   model, images = SMALL(method=method), normal((3, 8, 8, 2))

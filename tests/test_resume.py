@@ -146,6 +146,7 @@ def hangup():
   signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.usefixtures('hangup')
 @pytest.mark.parametrize('number', SIGNALS)
 def test_signal_saves_and_the_run_goes_on(number, whole, tmp_path):
@@ -200,6 +201,7 @@ def test_signal_during_an_evaluation_puts_it_off(number, tmp_path):
 ENDLESS = (*TINY, '--config.epochs=100000')
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('number', IMPATIENT)
 def test_the_same_signal_again_stops_at_once(number, tmp_path):
   process = start(tmp_path / 'run', *ENDLESS)

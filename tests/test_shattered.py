@@ -90,6 +90,7 @@ def test_brown_noise_is_near_its_theory():
     assert expected - 0.1 < values < expected
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('name', sorted(set(shattered.NETWORKS) - NORMALIZED))
 def test_gradients_are_those_of_the_network(name):
   """One input at a time, by reverse mode, with the statistics as given."""

@@ -18,6 +18,7 @@ SIZES += [(1437, 32), (50_000, 128)]
 RARE = 1e-4  # A right shuffle fails a test less often than that.
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(('examples', 'batch'), SIZES)
 def test_every_epoch_shows_every_example_once(examples, batch):
   epochs = 3

@@ -75,6 +75,7 @@ def plain(method):
   return model, variables, evaluate(model, variables)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('method', METHODS)
 def test_scanned_equals_unrolled(method):
   model, variables, expected = plain(method)
@@ -85,6 +86,7 @@ def test_scanned_equals_unrolled(method):
   assert bool(stats) == METHODS[method].normalize
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('method', METHODS)
 def test_recomputed_equals_plain(method):
   model, variables, expected = plain(method)
@@ -99,6 +101,7 @@ def test_scanned_and_recomputed_equals_plain(method):
   assert_equal(unstack_blocks(got), expected)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('method', ['skipinit', 'batchnorm'])
 def test_blocks_recomputed_by_groups_equal_plain(method):
   model = network(blocks=7, method=method)  # Six scanned: 3 groups of 2.

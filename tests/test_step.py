@@ -169,24 +169,28 @@ def same_update(ours, theirs):
   assert_close(metrics, other_metrics)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('method', WITHOUT_STATISTICS)
 def test_four_devices_make_the_step_of_one(method):
   config = recipe(model__method=method)
   same_update(run(config, devices=4), one_device(method))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('devices', [2, 4])
 def test_devices_agree_on_random_draws(devices):
   config = recipe(model__method='skipinit', **RICH)
   same_update(run(config, devices), one_device('skipinit', True))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('method', WITHOUT_STATISTICS)
 def test_two_micro_batches_make_the_step_of_one(method):
   config = recipe(model__method=method, micro_batches=2)
   same_update(run(config), one_device(method))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(('micro_batches', 'devices'), [(4, 1), (2, 1), (2, 2)])
 def test_micro_batches_agree_on_random_draws(micro_batches, devices):
   config = recipe(model__method='skipinit', micro_batches=micro_batches, **RICH)
@@ -204,6 +208,7 @@ def batchnorm_on_one(group):
   return run(batchnorm(group))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('group', ['all', '2'])
 def test_devices_share_batch_statistics_as_the_group_says(group):
   ours = run(batchnorm(group), devices=4)
@@ -292,6 +297,7 @@ def test_runs_that_differ_in_rate_and_seed_share_a_program():
   assert text(optimizer__l2=0.1) != ours
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
   ('method', 'scan'),
   [

@@ -145,6 +145,7 @@ def test_metrics_have_their_keys_at_their_steps(done):
   assert result['best_eval']['top1'] == best
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('scan', [False, True])
 def test_blocks_are_watched_where_asked(scan, tmp_path):
   config = recipe(watch_every_steps=5, model__scan=scan, model__depth=16)
@@ -466,6 +467,7 @@ def evaluated(tmp_path_factory):
 # Networks of both forms.
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize('scan', [False, True])
 def test_a_run_goes_on_in_the_other_form(scan, tmp_path):
   config = recipe(model__depth=16, model__scan=scan, epochs=1.0)

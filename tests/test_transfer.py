@@ -74,6 +74,7 @@ def shorter(model, variables, stages):
   return model, kept
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize('method', METHODS)
 def test_stage_outputs_end_the_network_of_so_many_stages(method):
   model, shape = MODELS['wide']

@@ -163,6 +163,7 @@ def test_layers_are_captured_by_a_pattern(kind):
   close(second_moment(captured, 'output'), expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_gradients_of_all_paths_add_up_to_the_gradient(kind):
   model, variables = case(kind)
@@ -291,6 +292,7 @@ def test_at_alpha_zero_the_blocks_are_the_identity():
   assert largest(model.apply(variables, data()[0]) - expected) > 0.1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_step_from_the_start_is_finite(kind):
   model = example.Transformer(kind, 2, WIDTH, scan=False)

@@ -124,6 +124,7 @@ def timm_logits(weights, images):
   return np.asarray(x @ head.T + weights['head.fc.bias'][None])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize('scan', [False, True])
 @pytest.mark.parametrize('bottleneck', [False, True])
 def test_timm_weights_give_timm_logits(bottleneck, scan, tmp_path):

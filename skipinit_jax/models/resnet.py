@@ -289,27 +289,38 @@ def WideResNet(
   )
 
 
-def _fixed_size(
-  stage_sizes: tuple[int, ...],
-  bottleneck: bool,
-  num_classes: int | None = 1000,
-  **fields: Any,
-) -> ResNet:
-  """A `ResNet` of a fixed size, so that `num_classes` is the first argument.
-
-  >>> ResNet18(10) == ResNet18(num_classes=10)
-  True
-  """
-  return ResNet(stage_sizes, bottleneck, num_classes, **fields)
+# Sizes of He et al. 2016, table 1; ResNet-200's as in the pre-activation paper.
 
 
-# He et al. 2016, table 1; ResNet-200 as in the pre-activation paper.
-ResNet18 = functools.partial(_fixed_size, (2, 2, 2, 2), False)
-ResNet34 = functools.partial(_fixed_size, (3, 4, 6, 3), False)
-ResNet50 = functools.partial(_fixed_size, (3, 4, 6, 3), True)
-ResNet101 = functools.partial(_fixed_size, (3, 4, 23, 3), True)
-ResNet152 = functools.partial(_fixed_size, (3, 8, 36, 3), True)
-ResNet200 = functools.partial(_fixed_size, (3, 24, 36, 3), True)
+def ResNet18(num_classes: int | None = 1000, **fields: Any) -> ResNet:
+  """The pre-activation ResNet-18; `fields` are those of `ResNet`."""
+  return ResNet((2, 2, 2, 2), False, num_classes, **fields)
+
+
+def ResNet34(num_classes: int | None = 1000, **fields: Any) -> ResNet:
+  """The pre-activation ResNet-34; `fields` are those of `ResNet`."""
+  return ResNet((3, 4, 6, 3), False, num_classes, **fields)
+
+
+def ResNet50(num_classes: int | None = 1000, **fields: Any) -> ResNet:
+  """The pre-activation ResNet-50; `fields` are those of `ResNet`."""
+  return ResNet((3, 4, 6, 3), True, num_classes, **fields)
+
+
+def ResNet101(num_classes: int | None = 1000, **fields: Any) -> ResNet:
+  """The pre-activation ResNet-101; `fields` are those of `ResNet`."""
+  return ResNet((3, 4, 23, 3), True, num_classes, **fields)
+
+
+def ResNet152(num_classes: int | None = 1000, **fields: Any) -> ResNet:
+  """The pre-activation ResNet-152; `fields` are those of `ResNet`."""
+  return ResNet((3, 8, 36, 3), True, num_classes, **fields)
+
+
+def ResNet200(num_classes: int | None = 1000, **fields: Any) -> ResNet:
+  """The pre-activation ResNet-200; `fields` are those of `ResNet`."""
+  return ResNet((3, 24, 36, 3), True, num_classes, **fields)
+
 
 RESNETS = {
   18: ResNet18,
