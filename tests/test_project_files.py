@@ -11,12 +11,14 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from benchmarks import versions
 from skipinit_jax import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 URL = PROJECT['urls']['Repository']
 TOOLS = {'pip', 'python', 'ruff', 'basedpyright', 'pytest', 'zensical'}
+TOOLS |= {'twine', 'cp'}
 
 
 def load(name):
@@ -52,8 +54,10 @@ def jobs():
   return load('.github/workflows/ci.yml')['jobs']
 
 
-def test_workflow_runs_commands_that_exist(jobs):
-  for name, job in jobs.items():
+def test_workflows_run_commands_that_exist(jobs):
+  release = load('.github/workflows/release.yml')['jobs']
+  assert 'run' not in str(release['publish']['steps'])  # It has a right.
+  for name, job in {**jobs, 'release': release['build']}.items():
     assert job['steps'][0]['uses'].startswith('actions/checkout@'), name
     lines = list(commands(job))
     assert lines, name
@@ -82,6 +86,21 @@ def test_workflow_tests_the_oldest_and_the_newest_jax(jobs):
   for row in rows:
     assert row['python'] in SpecifierSet(PROJECT['requires-python'])
   assert f'>={rows[0]["python"]}' == PROJECT['requires-python']
+
+
+def test_workflow_installs_the_wheel_with_the_oldest_packages(jobs):
+  matrix = jobs['modules']['strategy']['matrix']
+  oldest, newest = matrix['wanted']
+  assert not newest
+  wanted = [Requirement(text) for text in oldest.split()]
+  allowed = [Requirement(text) for text in PROJECT['dependencies']]
+  assert tuple(oldest.split()) == versions.OLDEST
+  for ours, theirs in zip(wanted, allowed, strict=True):
+    assert ours.name == theirs.name
+    low = str(ours.specifier).removeprefix('==').removesuffix('.*')
+    assert f'>={low}'.removesuffix('.0') in str(theirs.specifier)
+  for python in matrix['python']:
+    assert python in SpecifierSet(PROJECT['requires-python'])
 
 
 def test_hooks_are_checks_of_the_workflow(jobs):
