@@ -58,6 +58,14 @@ def test_a_dry_run_of_a_study_that_was_begun(tmp_path, monkeypatch, capsys):
   assert contents(tmp_path) == before
 
 
+def test_a_dry_run_refuses_the_folders_that_a_run_would(tmp_path, capsys):
+  (tmp_path / 'notes.txt').write_text('mine')
+  with pytest.raises(SystemExit) as end:
+    dry(capsys, 'ablations', f'--workdir={tmp_path}')
+  assert end.value.code == 2
+  assert 'is not empty and holds no study' in capsys.readouterr().err
+
+
 def test_a_dry_run_names_what_is_missing(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   out = dry(capsys, 'depth', '--dataset=cifar10', '--config.data.dir=nowhere')

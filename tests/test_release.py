@@ -167,7 +167,11 @@ def test_wheel_trains_outside_a_checkout(wheel, tmp_path):
   [
     ('', '', None),
     ('num_classes=10', "num_classes='ten'", 'reportArgumentType'),
-    ('import WideResNet', 'import WideResnet as WideResNet', 'reportAttributeAccessIssue'),
+    (
+      'import WideResNet',
+      'import WideResnet as WideResNet',
+      'reportAttributeAccessIssue',
+    ),
   ],
 )
 def test_type_checkers_read_the_package(right, wrong, rule, wheel, tmp_path):

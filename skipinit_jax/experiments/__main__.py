@@ -32,6 +32,7 @@ from skipinit_jax.experiments.grid import TEST, VALIDATION, Grid, cells
 from skipinit_jax.experiments.runner import (
   STUDY,
   Results,
+  check_folder,
   open_study,
   read_study,
   run_study,
@@ -153,8 +154,7 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
   if args.topology and not args.dry_run:
     raise InputError('--topology goes with --dry-run')
   if args.dry_run:
-    if (workdir / STUDY).exists():  # Else it would be made.
-      open_study(workdir, study, grid, args.dataset)
+    check_folder(workdir, study, grid, args.dataset)
     dry_run(grid, workdir, args.topology)
     return
   check(grid)
@@ -260,7 +260,7 @@ def opened(args: argparse.Namespace, texts: Texts) -> tuple[Study, Grid, Path]:
   if texts and parse_fields(load_recipe(grid.recipe), texts) != overrides:
     raise InputError(f'{workdir} was run with other fields: {overrides}')
   grid = dataclasses.replace(grid, overrides=overrides)
-  open_study(workdir, study, grid, args.dataset)
+  check_folder(workdir, study, grid, args.dataset)
   return study, grid, workdir
 
 

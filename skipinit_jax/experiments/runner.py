@@ -60,7 +60,34 @@ def open_study(workdir: Path, study: Study, grid: Grid, dataset: str) -> None:
   Raises:
     InputError: the folder holds another study or grid, or can't be made.
   """
-  ours = {
+  check_folder(workdir, study, grid, dataset)
+  path = workdir / STUDY
+  if path.exists():
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, _described(study, grid, dataset))
+  except OSError as error:
+    raise InputError(f'can not write to {workdir}: {error.strerror}') from None
+
+
+def check_folder(workdir: Path, study: Study, grid: Grid, dataset: str) -> None:
+  """Raises InputError for a folder with another study, or with other files."""
+  if (workdir / STUDY).exists():
+    theirs = read_study(workdir)
+    for name, value in _described(study, grid, dataset).items():
+      if theirs.get(name) != value:
+        raise InputError(
+          f'{workdir} holds another study: {name} is {theirs.get(name)!r} '
+          f'there, {value!r} here; choose another --workdir'
+        )
+  elif workdir.is_dir() and any(workdir.iterdir()):
+    raise InputError(f'{workdir} is not empty and holds no study')
+
+
+def _described(study: Study, grid: Grid, dataset: str) -> dict[str, Any]:
+  """What study.json says of a study."""
+  return {
     'study': study.name,
     'dataset': dataset,
     'panels': list(grid.panels.values),
@@ -71,23 +98,6 @@ def open_study(workdir: Path, study: Study, grid: Grid, dataset: str) -> None:
     'seeds': {row: list(seeds_of(grid, row)) for row in grid.rows.values},
     'overrides': dict(grid.overrides),
   }
-  path = workdir / STUDY
-  if path.exists():
-    theirs = read_study(workdir)
-    for name, value in ours.items():
-      if theirs.get(name) != value:
-        raise InputError(
-          f'{workdir} holds another study: {name} is {theirs.get(name)!r} '
-          f'there, {value!r} here; choose another --workdir'
-        )
-    return
-  if workdir.is_dir() and any(workdir.iterdir()):
-    raise InputError(f'{workdir} is not empty and holds no study')
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, ours)
-  except OSError as error:
-    raise InputError(f'can not write to {workdir}: {error.strerror}') from None
 
 
 def read_study(workdir: Path) -> dict[str, Any]:
