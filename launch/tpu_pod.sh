@@ -79,6 +79,9 @@ gcloud services enable tpu.googleapis.com"
       *'[project]'*)
         refuse "$said; choose a project: gcloud config set project PROJECT"
         ;;
+      *'unrecognized arguments'* | *'invalid choice'* | *': argument --'* | */disks/*)
+        refuse "$said; look at FLAGS=${flags[*]-}"
+        ;;
       *ALREADY_EXISTS*)
         refuse "$said; $NAME was not made by this script: choose another NAME"
         ;;
@@ -257,11 +260,27 @@ if [[ -z ${REVISION:-} ]]; then
   REVISION=${head%%[[:space:]]*}
 fi
 
+# Connections fail while hosts start, but the slice is billed meanwhile.
+failures=0
+prepare_hosts() {
+  if on_hosts prepare "${SETUP:-}" "$REPOSITORY" "$REVISION"; then
+    failures=0
+    return 0
+  fi
+  failures=$((failures + 1))
+  if ((failures == 5)); then
+    echo "installing or SETUP failed on the hosts $failures times in a row; \
+starting again would not help" >&2
+    exit 1
+  fi
+  return 1
+}
+
 # Returns 0 when the run is done; exits if a restart can't fix it.
 attempt() {
   local well=true heard=false status
   make_slice || return 1
-  on_hosts prepare "${SETUP:-}" "$REPOSITORY" "$REVISION" || return 1
+  prepare_hosts || return 1
   # In the background, since a signal ends `wait` at once.
   (on_hosts follow '' "$@" | tee "$output") &
   follower=$!

@@ -375,6 +375,23 @@ def test_tpu_run_is_not_started_twice_where_gcloud_connects_again(tmp_path):
   assert done.stdout.count('train.py ended with status 0') == 2
 
 
+def test_tpu_does_not_pay_for_hosts_that_can_not_be_set_up(tmp_path):
+  done, cluster = tpu(tmp_path, environment={'SETUP': 'exit 3'})
+  assert done.returncode == 1, done.stderr
+  assert 'installing or SETUP failed on the hosts 5 times' in done.stderr
+  assert cluster.waits() == [10, 20, 40, 80]
+  assert not cluster.calls('python')
+
+
+def test_tpu_waits_for_hosts_that_do_not_answer_yet(tmp_path):
+  done, _ = tpu(
+    tmp_path,
+    ssh=[*4 * ['lost'], None, 'lost', *4 * ['lost'], None, None],
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'restart 9' in done.stderr  # The count began anew.
+
+
 def test_tpu_gives_up_after_so_many_restarts(tmp_path):
   done, cluster = tpu(
     tmp_path,
@@ -411,6 +428,14 @@ REFUSALS = {
   'type': (
     {'create': ['INVALID_ARGUMENT: no such accelerator']},
     'TYPE=v5litepod-8, ZONE=here',
+  ),
+  'flags': (
+    {'create': ['unrecognized arguments: --spott']},
+    'look at FLAGS=--spot',
+  ),
+  'disk': (
+    {'create': ["NOT_FOUND: 'projects/PROJECT/zones/here/disks/imagenet'"]},
+    'look at FLAGS=--spot',
   ),
   'taken': ({'create': ['ALREADY_EXISTS: node mine']}, 'choose another NAME'),
   'repository': ({'git': ['fatal: not found']}, 'REPOSITORY=https://host/r'),
