@@ -23,6 +23,7 @@ from benchmarks import rules
 from skipinit_jax import cli, markdown
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments.downloads import JSON
+from skipinit_jax.experiments.words import percent
 from skipinit_jax.files import write_json
 
 DOCS = Path(__file__).parents[1] / 'docs'
@@ -269,6 +270,39 @@ agreement says that an effect is there, contradiction not that it is nowhere.
 claim is undecided where an interval leaves it open.
 
 {markdown.table(rows)}"""
+
+
+def remedies() -> str:
+  """The table of docs/from_batchnorm.md: accuracy by batch and by remedy.
+
+  "ahead" and "behind" are by seed, of the same method without a remedy.
+  """
+  kept, plain = read('large_batch'), 'constant epochs'
+  panels = {
+    'neither': plain,
+    'clipped': f'{plain}, clipped',
+    'clipped but for alpha': f'{plain}, clipped but for alpha',
+    'LARS': f'{plain}, LARS',
+    'Muon': f'{plain}, Muon',
+  }
+  keys = list(dict.fromkeys((r, m) for _, r, m in kept.cells))
+  rows = [['batch', 'method', *panels]]
+  for row, method in keys:
+    base = kept(row, method, plain)
+    line = [row, base.label]
+    for panel in panels.values():
+      cell = kept(row, method, panel)
+      word = ''
+      if panel != plain and cell.trains and base.trains:
+        word = {1: ' ahead', 0: '', -1: ' behind'}[
+          rules.sign(rules.less(cell, base))
+        ]
+      shown = percent(cell.test.top1, cell.test.interval or 0.0)
+      if cell.test.diverged == len(cell.test.seeds):
+        shown = 'diverged'
+      line.append(f'{shown}{word}' if cell.trains else '-')
+    rows.append(line)
+  return markdown.table(rows)
 
 
 def keep(workdir: Path) -> Path:

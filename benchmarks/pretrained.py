@@ -49,6 +49,7 @@ def make(name: str, folder: Path) -> dict[str, Any]:
   }
   config = set_fields(load_recipe(recipe), fields)
   result = train(config, folder / name)
+  images = open_dataset(config.data).eval_images
   with tempfile.TemporaryDirectory() as temporary:
     described = export(folder / name, temporary, ['cpu'], folded=False)
     packed = pretrained.pack(
@@ -65,6 +66,7 @@ def make(name: str, folder: Path) -> dict[str, Any]:
     'fields': fields,
     'network': described['network'],
     'input': described['input'],
+    'pixels': [int(images.min()), int(images.max())],
     'normalization': {
       key: described['normalization'][key] for key in ('mean', 'std')
     },

@@ -23,36 +23,47 @@ CARDS = 'models.json'
 SCALE = ':scale'  # Ends the name of an int8 kernel's scales.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
-  """A trained network; called with uint8 images, it returns logits.
+  """A trained network; called with images, it returns logits.
 
   Attributes:
     model: for `model.apply(variables, images, train=False)`, with normalized
       images.
     variables: {'params': ..., 'batch_stats': ...}, float32 NumPy arrays.
-    mean, std: (1, 1, 1, channels), float32, of pixels from 0 to 255; normalized
-      images are (pixels - mean) / std.
+    mean, std: (1, 1, 1, channels), float32; normalized images are (pixels -
+      mean) / std. Pixels are on the data set's own scale, `card['pixels']`:
+      scikit-learn's digits go from 0 to 16.
     card: how it was trained and what it reaches, as on the page "Trained
       networks" of the documentation.
   """
 
   model: ResNet
-  variables: dict[str, Any]
-  mean: np.ndarray
-  std: np.ndarray
-  card: dict[str, Any]
+  variables: dict[str, Any] = dataclasses.field(repr=False)
+  mean: np.ndarray = dataclasses.field(repr=False)
+  std: np.ndarray = dataclasses.field(repr=False)
+  card: dict[str, Any] = dataclasses.field(repr=False)
 
   def __call__(self, images: jax.typing.ArrayLike) -> jax.Array:
     """The logits of images.
 
     Args:
-      images: uint8 (n, height, width, channels), of the size in the card.
+      images: uint8 (n, height, width, channels), as the data set has them.
 
     Returns:
       float32 (n, classes).
+
+    Raises:
+      InputError: images of another size or dtype.
     """
-    normalized = (jnp.asarray(images, jnp.float32) - self.mean) / self.std
+    images, shape = jnp.asarray(images), tuple(self.card['input']['shape'][1:])
+    if images.dtype != jnp.uint8 or images.shape[1:] != shape:
+      low, high = self.card['pixels']
+      raise InputError(
+        f'expected uint8 images (n, {", ".join(map(str, shape))}) with pixels '
+        f'from {low} to {high}, got {images.dtype} of shape {images.shape}'
+      )
+    normalized = (images.astype(jnp.float32) - self.mean) / self.std
     logits = self.model.apply(self.variables, normalized, train=False)
     assert isinstance(logits, jax.Array)
     return logits
@@ -71,7 +82,7 @@ def load_pretrained(name: str) -> Pretrained:
     InputError: a name that is not in `cards()`.
     RunError: its file is missing, or not the one that was published.
   """
-  if name not in cards():
+  if not isinstance(name, str) or name not in cards():
     raise InputError(unknown('trained network', name, cards()))
   card, path = cards()[name], FOLDER / f'{name}.npz'
   try:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import claims, rules
+from benchmarks import claims, rules, versions
 from benchmarks.rules import Cell, Kept
 from skipinit_jax.analysis import along_training
 from skipinit_jax.errors import InputError
@@ -231,3 +231,12 @@ def test_the_page_is_made_from_what_was_kept():
   assert (claims.DOCS / 'claims.md').read_text() == claims.page()
   readme = (claims.DOCS.parent / 'README.md').read_text()
   assert f'({claims.summary()})' in readme
+
+
+def test_the_table_of_large_batches_is_that_of_its_file():
+  assert claims.remedies() in (claims.DOCS / 'from_batchnorm.md').read_text()
+
+
+def test_the_table_of_versions_is_that_of_its_file():
+  kept = json.loads((claims.DOCS / 'versions.json').read_text())
+  assert versions.table(kept) in (claims.DOCS / 'library.md').read_text()

@@ -54,7 +54,9 @@ def test_a_dry_run_of_a_study_that_was_begun(tmp_path, monkeypatch, capsys):
   assert 'nothing was run or written' in dry(capsys, 'ablations')
   with pytest.raises(SystemExit):
     dry(capsys, 'ablations', '--config.epochs=2')
-  assert 'holds another study: overrides' in capsys.readouterr().err
+  assert 'with no fields of its own, not with --config.epochs=2.0' in (
+    capsys.readouterr().err
+  )
   assert contents(tmp_path) == before
 
 

@@ -74,8 +74,8 @@ def test_a_method_of_ones_own_is_taken_as_it_is():
   ('method', 'alpha', 'message'),
   [
     ('skipint', None, r"unknown method 'skipint'; did you mean 'skipinit'\?"),
-    ('none', 0.5, 'alpha=0.5 was given, but none .*skipinit or fixup'),
-    ('batchnorm', '1/sqrt(d)', 'batchnorm has no such scalar'),
+    ('none', 0.5, "alpha=0.5 was given, but method 'none' .*skipinit or fixup"),
+    ('batchnorm', '1/sqrt(d)', "method 'batchnorm' has no such scalar"),
     (METHODS['none'], 0.0, 'this method has no such scalar'),
     ('skipinit', '1/sqrt', r"alpha='1/sqrt': .*'1/sqrt\(d\)'"),
     ('skipinit', float('nan'), 'finite number'),

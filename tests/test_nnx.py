@@ -1,5 +1,7 @@
 """The NNX modules against Linen's, and networks through Flax's bridge."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -334,3 +336,15 @@ def test_only_floating_branches_and_numbers_are_taken():
   ):
     with pytest.raises(InputError, match=r"init_value='1/sqrt\(d\)': expected"):
       make('1/sqrt(d)')
+    with pytest.raises(InputError, match=r'init_value=8: .*number of features'):
+      make(8)
+
+
+@pytest.mark.parametrize(
+  ('ours', 'theirs'),
+  [(SkipInitLinear, nnx.Linear), (SkipInitConv, nnx.Conv)],
+)
+def test_editors_see_the_arguments_of_the_layer(ours, theirs):
+  shown = dict(inspect.signature(ours).parameters)
+  assert shown.pop('init_value').default == 0.0
+  assert ['self', *shown] == [*inspect.signature(theirs.__init__).parameters]

@@ -134,6 +134,19 @@ def test_other_settles_unknown_leaves_and_no_known_one(other):
   }
 
 
+def test_names_of_ones_own_decay_if_they_are_named():
+  embedding = {'table': np.ones(2), 'position': np.ones(2)}
+  tree = {'embedding': embedding, 'out': {'kernel': np.ones(2)}}
+  mask = decay_mask(tree, decay=('kernel', 'table'), other='no_decay')
+  assert mask == {
+    'embedding': {'table': True, 'position': False},
+    'out': {'kernel': True},
+  }
+  assert decay_mask(tree['out'], decay='kernel') == {'kernel': True}
+  with pytest.raises(InputError, match='embedding/position'):
+    decay_mask(tree, decay=('kernel', 'table'))
+
+
 def test_an_unknown_name_in_decay_is_refused():
   message = r"unknown leaf name in decay 'kernal'; did you mean 'kernel'\?"
   with pytest.raises(InputError, match=message):

@@ -49,7 +49,7 @@ def test_network_is_that_of_its_recipe_and_reaches_what_its_card_says(name):
   leaves = jax.tree.leaves(network.variables)
   assert {leaf.dtype for leaf in leaves} == {np.dtype('float32')}
 
-  logits = np.asarray(jax.jit(network.__call__)(data.eval_images))
+  logits = np.asarray(jax.jit(network)(data.eval_images))
   top1 = np.mean(logits.argmax(-1) == data.eval_labels)
   assert len(logits) == card['run']['images']
   assert top1 == pytest.approx(card['top1'], abs=1.01 / len(logits))
@@ -104,6 +104,34 @@ def test_a_file_that_is_not_the_published_one_is_refused(
     load_pretrained(name)
   assert '\n' not in str(error.value)
   assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'images',
+  [
+    np.zeros((2, 8, 8, 1), np.float32),
+    np.zeros((8, 8, 1), np.uint8),
+    np.zeros((2, 8, 8, 3), np.uint8),
+    np.zeros((2, 28, 28, 1), np.uint8),
+  ],
+)
+def test_images_that_it_was_not_trained_on_are_refused(images):
+  network = load_pretrained('digits-wrn16-skipinit')
+  with pytest.raises(
+    InputError, match=r'\(n, 8, 8, 1\) with pixels from 0 to 16'
+  ):
+    network(images)
+
+
+def test_it_is_short_where_it_is_printed():
+  assert len(repr(load_pretrained(NAMES[0]))) < 2000
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_scale_of_pixels_is_that_of_the_data(name):
+  card = cards()[name]
+  images = open_dataset(load_recipe(card['recipe']).data).eval_images
+  assert card['pixels'] == [images.min(), images.max()]
 
 
 def test_checksums_are_of_the_files():

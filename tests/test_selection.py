@@ -28,6 +28,7 @@ from skipinit_jax.experiments.selection import (
   mean,
   read_outcome,
   runs_at,
+  seeds_of,
   summarize,
   total_runs,
   wanted,
@@ -506,11 +507,14 @@ def test_cost_adds_up_over_the_grid():
   grid = tiny()
   got = estimate.cost(grid)
   assert got['runs'] == total_runs(grid, lambda run: None) == 24
-  assert got['images'] == 24 * 2 * 1437
+  # Runs that tune have fewer images.
+  tuning, tests = seeds_of(grid, '10')
+  cell = len(grid.rates) * tuning * (1437 - grid.validation) + tests * 1437
+  assert got['images'] == 2 * cell * len([*cells(grid)])
   by_depth = [
     estimate.image_flops('wide_resnet', d, None, (8, 8, 1), 10)
     for d in (10, 16)
   ]
-  assert got['flops'] == pytest.approx(3 * 12 * 2 * 1437 * sum(by_depth))
+  assert got['flops'] == pytest.approx(3 * got['images'] / 2 * sum(by_depth))
   assert math.isfinite(got['cpu_seconds'])
   assert list(itertools.islice(cells(grid), 1)) == [Cell('', '10', 'skipinit')]

@@ -1,6 +1,7 @@
 """The scalar: on the activation, folded into a layer, and where paths meet."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -313,7 +314,9 @@ def test_only_floating_branches_are_scaled(branch):
     SkipInit(0.5).init(jax.random.key(0), branch)
 
 
-@pytest.mark.parametrize('value', ['1/sqrt(d)', [1.0], None, np.ones(2)])
+@pytest.mark.parametrize(
+  'value', ['1/sqrt(d)', [1.0], None, np.ones(2), math.nan]
+)
 @pytest.mark.parametrize(
   'layer', [SkipInit(), SkipInitConv(4, (3, 3)), SkipInitDense(4)]
 )
@@ -321,6 +324,13 @@ def test_an_initial_value_is_a_number(layer, value):
   layer = layer.clone(init_value=value)
   with pytest.raises(InputError, match=r'init_value=.*num_blocks\*\*-0.5'):
     layer.init(jax.random.key(0), jnp.ones((1, 3, 3, 4)))
+
+
+def test_a_number_of_features_is_no_initial_value():
+  x = jnp.ones((2, 8))
+  with pytest.raises(InputError, match=r'init_value=8: .*number of features'):
+    SkipInit(x.shape[-1]).init(jax.random.key(0), x)
+  assert SkipInit(1).apply({'params': {'alpha': 1.0}}, x).shape == x.shape
 
 
 def test_an_initial_value_may_be_computed():

@@ -28,7 +28,13 @@ from skipinit_jax.experiments.estimate import (
   time_here,
   time_on,
 )
-from skipinit_jax.experiments.grid import TEST, VALIDATION, Grid, cells
+from skipinit_jax.experiments.grid import (
+  TEST,
+  VALIDATION,
+  Grid,
+  cells,
+  check_overrides,
+)
 from skipinit_jax.experiments.runner import (
   STUDY,
   Results,
@@ -147,10 +153,14 @@ def list_studies(args: argparse.Namespace, texts: Texts) -> None:
 
 def run(args: argparse.Namespace, texts: Texts) -> None:
   """Runs a study to its end and writes its report."""
-  study, grid = find_study(args.study, args.dataset)
-  fields = parse_fields(load_recipe(grid.recipe), texts)
-  grid = dataclasses.replace(grid, overrides=fields)
-  workdir = study_folder(args)
+  if is_started(args):
+    study, grid, workdir = opened(args, texts)
+  else:
+    study, grid = find_study(args.study, args.dataset)
+    fields = parse_fields(load_recipe(grid.recipe), texts)
+    check_overrides(grid, fields)
+    grid = dataclasses.replace(grid, overrides=fields)
+    workdir = study_folder(args)
   if args.topology and not args.dry_run:
     raise InputError('--topology goes with --dry-run')
   if args.dry_run:
@@ -164,6 +174,7 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
   results = Results(workdir)
   left = wanted(grid, results)
   if args.engine == 'print':
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # As into `head`.
     for each in left:
       print(each.command(workdir))
     note = 'rates are chosen from these; then ask again for the tests'
@@ -176,7 +187,8 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
       workdir, args.address, args.gpus_per_run, args.cpus_per_run
     )
   else:
-    engine = engines.local(workdir, args.jobs)
+    places = {cell: i for i, cell in enumerate(cells(grid))}
+    engine = engines.local(workdir, args.jobs, lambda run: places[run.cell])
   with engine as submit:
     failed = run_study(grid, workdir, submit)
   report(args, [])
@@ -248,9 +260,14 @@ def status(args: argparse.Namespace, texts: Texts) -> None:
     print(f'unreadable: {problem}')
 
 
+def is_started(args: argparse.Namespace) -> bool:
+  """Whether the study is named by the folder that it was started in."""
+  return args.study not in STUDIES and (Path(args.study) / STUDY).exists()
+
+
 def opened(args: argparse.Namespace, texts: Texts) -> tuple[Study, Grid, Path]:
   """A started study, its grid with the overrides of that start, its folder."""
-  if args.study not in STUDIES and (Path(args.study) / STUDY).exists():
+  if is_started(args):
     args.workdir = Path(args.study)
     started = read_study(args.workdir)
     args.study, args.dataset = started['study'], started['dataset']

@@ -109,10 +109,18 @@ def run_process(arguments: list[str], folder: str, memory: float) -> int | str:
 
 
 @contextlib.contextmanager
-def local(workdir: Path, jobs: int) -> Iterator[Submit]:
+def local(
+  workdir: Path, jobs: int, place: Callable[[Run], int] = lambda run: 0
+) -> Iterator[Submit]:
   """Runs on this machine, `jobs` at a time.
 
-  A worker keeps to runs that share its program, while there are any.
+  A worker keeps to runs that share its program, while there are any. Then comes
+  what has the first place in the table, so that its first rows are done first.
+
+  Args:
+    workdir: of the study.
+    jobs: runs at a time.
+    place: of a run's cell in the table.
   """
   workers = [Worker(MEMORY / jobs) for _ in range(jobs)]
   programs: dict[Worker, str] = {}  # Of the last run of each.
@@ -131,11 +139,12 @@ def local(workdir: Path, jobs: int) -> Iterator[Submit]:
     own = programs.pop(worker, None)
     others = set(programs.values())
 
-    def place(each: tuple[Run, concurrent.futures.Future]) -> int:
+    def turn(each: tuple[Run, concurrent.futures.Future]) -> tuple[int, int]:
       program = each[0].program
-      return 0 if program == own else 1 + (program in others)
+      shared = 0 if program == own else 1 + (program in others)
+      return shared, place(each[0])
 
-    chosen = min(waiting, key=place)
+    chosen = min(waiting, key=turn)
     waiting.remove(chosen)
     programs[worker] = chosen[0].program
     return chosen

@@ -22,7 +22,15 @@ from skipinit_jax.ahead_of_time.chips import (
 from skipinit_jax.ahead_of_time.measure import measure
 from skipinit_jax.data.stand_in import stand_in
 from skipinit_jax.errors import InputError
-from skipinit_jax.experiments.grid import TEST, Axis, Grid, Run, cells, make_run
+from skipinit_jax.experiments.grid import (
+  TEST,
+  VALIDATION,
+  Axis,
+  Grid,
+  Run,
+  cells,
+  make_run,
+)
 from skipinit_jax.experiments.selection import seeds_of
 from skipinit_jax.experiments.words import duration
 from skipinit_jax.training.config import default_config
@@ -45,18 +53,23 @@ def cost(grid: Grid) -> dict[str, float]:
     backward; cpu_seconds, a rough estimate for one CPU core; device_seconds at
     SUSTAINED_RATE.
   """
-  runs = [make_run(grid, cell, grid.rates[0], 0, TEST) for cell in cells(grid)]
   more = most_widened(grid)
   total = widened = images = flops = seconds = 0
-  for run in {run.id: run for run in runs}.values():  # Cells may share theirs.
-    tuning, tests = seeds_of(grid, run.cell.row)
-    each = len(grid.rates) * tuning + tests
-    one = _run_cost(run)
-    total += each
-    widened += each + more * tuning
-    images += each * one[0]
-    flops += each * one[1]
-    seconds += each * one[2] + 2 * PROGRAM_SECONDS
+  for split in (VALIDATION, TEST):
+    runs = [
+      make_run(grid, cell, grid.rates[0], 0, split) for cell in cells(grid)
+    ]
+    for run in {
+      run.id: run for run in runs
+    }.values():  # Cells may share theirs.
+      tuning, tests = seeds_of(grid, run.cell.row)
+      each = len(grid.rates) * tuning if split == VALIDATION else tests
+      one = _run_cost(run)
+      total += each
+      widened += each + (more * tuning if split == VALIDATION else 0)
+      images += each * one[0]
+      flops += each * one[1]
+      seconds += each * one[2] + PROGRAM_SECONDS
   return {
     'runs': total,
     'widened': widened,
@@ -104,7 +117,8 @@ def time_on(grid: Grid, name: str) -> str:
   return (
     f'{where.chip.name}: at least about {duration(seconds)} by a bound, not '
     'measured: the plain network of each size, every byte from memory; '
-    f'{launches:.2g} kernels to start come on top'
+    f'{launches:.2g} kernels to start come on top, '
+    f'{duration(1e-6 * launches)} for each microsecond that one takes'
   )
 
 

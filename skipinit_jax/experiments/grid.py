@@ -11,6 +11,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from skipinit_jax.errors import InputError
 from skipinit_jax.files import dumps
 from skipinit_jax.training.changes import ADDED, FREE
 from skipinit_jax.training.program import program_key
@@ -182,6 +183,22 @@ def make_run(grid: Grid, cell: Cell, rate: int, seed: int, split: str) -> Run:
     epochs = fields.get('epochs', load_recipe(grid.recipe).epochs)
     fields['eval_every_epochs'] = epochs
   return Run(cell, rate, seed, split, grid.recipe, fields)
+
+
+# What the tool itself sets for each run.
+TUNED = ('optimizer.learning_rate', 'seed', 'data.validation')
+
+
+def check_overrides(grid: Grid, fields: Fields) -> None:
+  """Raises InputError for fields that differ between a study's cells."""
+  axes = [(a.name, a.values.values()) for a in (grid.rows, grid.panels)]
+  columns = [VARIANTS[name].fields for name in grid.columns]
+  for name, sets in [*axes, ('method', columns), ('run', [TUNED])]:
+    for field in {*fields} & {f for each in sets for f in each}:
+      raise InputError(
+        f'{field} is set by this study for each {name}; set for all runs, it '
+        'would make them the same'
+      )
 
 
 def _text(value: Any) -> str:

@@ -7,7 +7,7 @@ is a function that starts a run and returns a future, see `engines`.
 import concurrent.futures
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,24 @@ def check_folder(workdir: Path, study: Study, grid: Grid, dataset: str) -> None:
     theirs = read_study(workdir)
     for name, value in _described(study, grid, dataset).items():
       if theirs.get(name) != value:
+        if name == 'overrides':
+          raise InputError(
+            f'{workdir} was started with {_flags(theirs[name])}, not with '
+            f'{_flags(value)}; go on by `run {workdir}`, or choose another '
+            '--workdir'
+          )
         raise InputError(
           f'{workdir} holds another study: {name} is {theirs.get(name)!r} '
           f'there, {value!r} here; choose another --workdir'
         )
   elif workdir.is_dir() and any(workdir.iterdir()):
     raise InputError(f'{workdir} is not empty and holds no study')
+
+
+def _flags(overrides: Mapping[str, Any]) -> str:
+  """Fields as they are given on a command line."""
+  flags = [f'--config.{name}={value}' for name, value in overrides.items()]
+  return ' '.join(flags) or 'no fields of its own'
 
 
 def _described(study: Study, grid: Grid, dataset: str) -> dict[str, Any]:
@@ -107,7 +119,8 @@ def read_study(workdir: Path) -> dict[str, Any]:
     return study | {'overrides': dict(study['overrides'])}
   except (OSError, ValueError, TypeError, KeyError):
     raise InputError(
-      f'{workdir} holds no study; start one by `run STUDY --workdir={workdir}`'
+      f'{workdir} holds no study; start one by `run STUDY --dataset=DATASET '
+      f'--workdir={workdir}`'
     ) from None
 
 

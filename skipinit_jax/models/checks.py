@@ -65,12 +65,22 @@ def check_inputs(
 
 
 def check_scalar(field: str, value: Any) -> None:
-  """Raises InputError unless `value` is a number or an array of shape ()."""
-  if isinstance(value, numbers.Real) or getattr(value, 'shape', None) == ():
+  """Raises InputError unless `value` is a finite number, or of shape ().
+
+  A whole number from 2 on is taken for features, which layers have there.
+  """
+  if isinstance(value, int) and abs(value) > 1:
+    raise InputError(
+      f'{field}={value}: expected how large alpha starts, such as 0.0 or 0.25; '
+      'SkipInit does not take a number of features'
+    )
+  if isinstance(value, numbers.Real) and math.isfinite(value):
+    return
+  if getattr(value, 'shape', None) == ():
     return
   raise InputError(
-    f"{field}={shown(value)}: expected a number; alpha='1/sqrt(d)' of a "
-    'network is num_blocks**-0.5 here'
+    f"{field}={shown(value)}: expected a finite number; alpha='1/sqrt(d)' of "
+    'a network is num_blocks**-0.5 here'
   )
 
 

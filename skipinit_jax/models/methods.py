@@ -194,7 +194,7 @@ def resolve_method(
   if not isinstance(method, Method):
     if not isinstance(method, str) or method not in METHODS:
       raise InputError(unknown('method', method, METHODS))
-    name, method = method, METHODS[method]
+    name, method = f'method {method!r}', METHODS[method]
   else:
     name = 'this method'
   if alpha is None:

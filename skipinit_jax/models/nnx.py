@@ -5,6 +5,7 @@ train=False)` makes an NNX module of a whole network. Import this module by
 name, as `import skipinit_jax` doesn't.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,15 @@ class _Folded:
     self._promote_dtype = function
 
 
+def _signature(layer: type) -> inspect.Signature:
+  """A layer's arguments, and `init_value`: what editors and `help` show."""
+  _, *others = inspect.signature(layer.__init__).parameters.values()
+  value = inspect.Parameter(
+    'init_value', inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation=float
+  )
+  return inspect.Signature([*others, value])
+
+
 class SkipInitLinear(_Folded, nnx.Linear):
   """`nnx.Linear` times a learnable scalar: the best end of a residual branch.
 
@@ -104,6 +114,10 @@ class SkipInitLinear(_Folded, nnx.Linear):
   True
   """
 
+  __signature__ = _signature(nnx.Linear)
+
 
 class SkipInitConv(_Folded, nnx.Conv):
   """`nnx.Conv` times a learnable scalar, folded as in `SkipInitLinear`."""
+
+  __signature__ = _signature(nnx.Conv)

@@ -42,23 +42,24 @@ def param_labels(params: Any, *, other: str | None = None) -> Any:
   >>> param_labels({'block1': {'conv2': {'alpha': 0, 'kernel': 0}}})
   {'block1': {'conv2': {'alpha': 'alpha', 'kernel': 'kernel'}}}
   """
+  labels = [_label(names, other) for names, _ in named_leaves(params)]
+  return jax.tree.unflatten(jax.tree.structure(params), labels)
+
+
+def _label(names: tuple[str, ...], other: str | None) -> str:
+  """The label of the leaf at the end of these names."""
   if other not in (None, 'decay', 'no_decay'):
     raise InputError(f"other={other!r}: expected 'decay' or 'no_decay'")
-
-  def label(names: tuple[str, ...]) -> str:
-    leaf = names[-1] if names else ''
-    if leaf in LEAVES:
-      return leaf
-    if other is None:
-      raise InputError(
-        f'parameter {"/".join(names)!r} has the unknown leaf name {leaf!r}; '
-        f'known are {", ".join(LEAVES)}; '
-        "other='decay' or other='no_decay' labels it"
-      )
-    return other
-
-  labels = [label(names) for names, _ in named_leaves(params)]
-  return jax.tree.unflatten(jax.tree.structure(params), labels)
+  leaf = names[-1] if names else ''
+  if leaf in LEAVES:
+    return leaf
+  if other is None:
+    raise InputError(
+      f'parameter {"/".join(names)!r} has the unknown leaf name {leaf!r}; '
+      f'known are {", ".join(LEAVES)}; '
+      "other='decay' or other='no_decay' labels it"
+    )
+  return other
 
 
 def named_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
@@ -92,8 +93,9 @@ def decay_mask(
 
   Args:
     params: nested dicts of arrays.
-    decay: leaf names that decay, keys of `LEAVES`. Only kernels by default, as
-      decay would pull the scalars back to 0; De & Smith 2020 leave this open.
+    decay: leaf names that decay, keys of `LEAVES` or others that `params` has.
+      Only kernels by default, as decay would pull the scalars back to 0; De &
+      Smith 2020 leave this open.
     other: see `param_labels`.
 
   Returns:
@@ -102,11 +104,16 @@ def decay_mask(
   Raises:
     InputError: an unknown leaf name in `decay`; see also `param_labels`.
   """
-  for name in decay:
-    if name not in LEAVES:
-      raise InputError(unknown('leaf name in decay', name, LEAVES))
-  decays = {*decay, 'decay'}
-  return jax.tree.map(decays.__contains__, param_labels(params, other=other))
+  decay = {decay} if isinstance(decay, str) else {*decay}
+  paths = [names for names, _ in named_leaves(params)]
+  known = {*LEAVES, *(names[-1] for names in paths if names)}
+  for name in decay - known:
+    raise InputError(unknown('leaf name in decay', name, sorted(known)))
+  leaves = {(name,) for name in decay}
+  mask = [
+    names[-1:] in leaves or _label(names, other) == 'decay' for names in paths
+  ]
+  return jax.tree.unflatten(jax.tree.structure(params), mask)
 
 
 def alphas(params: Any) -> dict[str, jax.Array]:
