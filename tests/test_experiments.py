@@ -17,7 +17,14 @@ from studies import GRID
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments import __main__ as cli
 from skipinit_jax.experiments import engines, runner
-from skipinit_jax.experiments.grid import TEST, Axis, Cell, cells, make_run
+from skipinit_jax.experiments.grid import (
+  TEST,
+  Axis,
+  Cell,
+  cells,
+  check_overrides,
+  make_run,
+)
 from skipinit_jax.experiments.selection import runs_at, total_runs, wanted
 from skipinit_jax.experiments.studies import DEPTH, STUDIES
 
@@ -115,10 +122,12 @@ def test_a_folder_of_another_study_or_grid_is_refused(tmp_path):
   for name, other in (
     ('seeds', dataclasses.replace(GRID, seeds=2)),
     ('rates', dataclasses.replace(GRID, rates=(-6,))),
-    ('overrides', dataclasses.replace(GRID, overrides={'epochs': 1.0})),
   ):
     with pytest.raises(InputError, match=f'another study: {name} is'):
       runner.open_study(tmp_path / 'study', DEPTH, other, 'digits')
+  other = dataclasses.replace(GRID, overrides={'epochs': 1.0})
+  with pytest.raises(InputError, match=r'not with --config.epochs=1.0; go on'):
+    runner.open_study(tmp_path / 'study', DEPTH, other, 'digits')
   (tmp_path / 'mine.txt').write_text('')
   with pytest.raises(InputError, match='is not empty and holds no study'):
     runner.open_study(tmp_path, DEPTH, GRID, 'digits')
@@ -199,6 +208,37 @@ def test_a_worker_keeps_to_runs_of_one_program(monkeypatch, tmp_path):
     f'{p}{i}' for p in 'abc' for i in range(3)
   ]
   assert len({process for _, process in made}) == 1
+
+
+def test_the_first_rows_of_a_table_are_finished_first(monkeypatch, tmp_path):
+  log = tmp_path / 'log'
+  stand_in = STAND_IN.replace('LOG', repr(str(log)))
+  monkeypatch.setattr(engines, 'WORKER', [sys.executable, '-c', stand_in])
+  with engines.local(tmp_path, 1, lambda run: int(run.name[-1])) as submit:
+    names = ['rate1', 'rate3', 'rate2', 'test1']  # The tests have programs.
+    futures = [submit(Named(name, name)) for name in names]
+    (tmp_path / 'log-go').touch()
+    for future in futures:
+      assert future.result(timeout=100) == 0
+  made = [line.split()[0] for line in log.read_text().splitlines()]
+  assert made == ['rate1', 'test1', 'rate2', 'rate3']
+
+
+@pytest.mark.parametrize(
+  ('study', 'field', 'axis'),
+  [
+    ('depth', 'model.depth', 'depth'),
+    ('depth', 'model.method', 'method'),
+    ('depth', 'seed', 'run'),
+    ('depth', 'optimizer.learning_rate', 'run'),
+    ('batch_size', 'epochs', 'budget'),
+  ],
+)
+def test_fields_that_a_study_varies_are_not_set_for_all(study, field, axis):
+  grid = STUDIES[study].grids['digits']
+  check_overrides(grid, {'log_every_steps': 5, 'optimizer.momentum': 0.8})
+  with pytest.raises(InputError, match=f'{field} is set by this .*{axis}'):
+    check_overrides(grid, {field: 1})
 
 
 def test_a_worker_waits_for_what_follows_from_a_result(monkeypatch, tmp_path):
@@ -450,7 +490,8 @@ def test_a_study_from_the_command_line(tiny_study, tmp_path, capsys):
 
   status, _, err = command(capsys, 'run', *tiny_study)
   assert status == 2
-  assert 'holds another study: overrides is' in err
+  assert 'study was started with --config.epochs=2.0, not with no' in err
+  assert 'go on by `run study`' in err
 
   # What was printed is what would be run.
   run = subprocess.run(
@@ -476,6 +517,7 @@ def test_a_study_from_the_command_line(tiny_study, tmp_path, capsys):
     '6 of 6 runs done, 0 begun' in command(capsys, 'status', *tiny_study)[1]
   )
   # The report knows what the study was run with.
+  assert command(capsys, 'run', 'study')[0] == 0  # By its folder.
   (tmp_path / 'study' / 'report.html').unlink()
   assert command(capsys, 'report', *tiny_study)[0] == 0
   assert 'epochs=2.0' in (tmp_path / 'study' / 'report.html').read_text()

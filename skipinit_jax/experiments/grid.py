@@ -191,10 +191,13 @@ TUNED = ('optimizer.learning_rate', 'seed', 'data.validation')
 
 def check_overrides(grid: Grid, fields: Fields) -> None:
   """Raises InputError for fields that differ between a study's cells."""
-  axes = [(a.name, a.values.values()) for a in (grid.rows, grid.panels)]
   columns = [VARIANTS[name].fields for name in grid.columns]
-  for name, sets in [*axes, ('method', columns), ('run', [TUNED])]:
-    for field in {*fields} & {f for each in sets for f in each}:
+  of = {'run': {*TUNED}, 'method': {f for each in columns for f in each}}
+  for axis in (grid.rows, grid.panels):
+    # What one row alone has, such as fewer epochs, may be set for all.
+    of[axis.name] = {*fields}.intersection(*axis.values.values())
+  for name, varied in of.items():
+    for field in {*fields} & varied:
       raise InputError(
         f'{field} is set by this study for each {name}; set for all runs, it '
         'would make them the same'
