@@ -504,7 +504,8 @@ def test_a_study_from_the_command_line(tiny_study, tmp_path, capsys):
   )
   assert run.returncode == 0, run.stderr
   assert (
-    '1 of 6 runs done, 0 begun' in command(capsys, 'status', *tiny_study)[1]
+    '1 of 6 runs done, 0 begun\nbatch 16: 1 of 3\nbatch 32: 0 of 3\n'
+    in command(capsys, 'status', *tiny_study)[1]
   )
 
   status, out, err = command(capsys, 'run', *tiny_study, '--jobs=2', shorter)

@@ -31,6 +31,7 @@ from skipinit_jax.experiments.estimate import (
 from skipinit_jax.experiments.grid import (
   TEST,
   VALIDATION,
+  Axis,
   Grid,
   cells,
   check_overrides,
@@ -246,7 +247,7 @@ def report(args: argparse.Namespace, texts: Texts) -> None:
 
 
 def status(args: argparse.Namespace, texts: Texts) -> None:
-  """Prints how far a study is."""
+  """Prints how far a study is, and each of its rows."""
   _, grid, workdir = opened(args, texts)
   results = Results(workdir)
   known = known_runs(grid, results)
@@ -256,6 +257,10 @@ def status(args: argparse.Namespace, texts: Texts) -> None:
     f'{len(known) - len(left)} of {total_runs(grid, results)} runs done, '
     f'{len(begun)} begun'
   )
+  for row, fields in grid.rows.values.items():
+    part = dataclasses.replace(grid, rows=Axis(grid.rows.name, {row: fields}))
+    done = len(known_runs(part, results)) - len(wanted(part, results))
+    print(f'{grid.rows.name} {row}: {done} of {total_runs(part, results)}')
   for problem in results.problems.values():
     print(f'unreadable: {problem}')
 
