@@ -106,13 +106,12 @@ def load_pretrained(name: str) -> Pretrained:
 
 def network_of(fields: Mapping[str, Any]) -> ResNet:
   """The network that a description in JSON names, field by field."""
-  return ResNet(
-    **{
-      **fields,
-      'stage_sizes': tuple(fields['stage_sizes']),
-      'method': Method(**fields['method']),
-    }
-  )
+  others = {
+    'stage_sizes': tuple(fields['stage_sizes']),
+    'method': Method(**fields['method']),
+  }
+  merged = {**fields, **others}
+  return ResNet(**merged)
 
 
 def pack(variables: Mapping[str, Any]) -> bytes:

@@ -63,11 +63,9 @@ def built(tracked, tmp_path_factory):
 
 def build(source, dist, *flags):
   """Builds as of a fixed second, which is what timestamps become."""
-  run(
-    *(sys.executable, '-m', 'build', '--no-isolation', *flags),
-    *('--outdir', dist, source),
-    env={**os.environ, 'SOURCE_DATE_EPOCH': '1700000000'},
-  )
+  program = [sys.executable, '-m', 'build', '--no-isolation', *flags]
+  environment = {**os.environ, 'SOURCE_DATE_EPOCH': '1700000000'}
+  run(*program, '--outdir', dist, source, env=environment)
 
 
 @pytest.fixture(scope='module')
@@ -187,11 +185,9 @@ def test_type_checkers_read_the_package(right, wrong, rule, wheel, tmp_path):
     'typeCheckingMode': 'standard',
   }
   (tmp_path / 'pyrightconfig.json').write_text(json.dumps(settings))
+  program = [sys.executable, '-m', 'basedpyright', '--outputjson']
   done = subprocess.run(
-    [
-      *(sys.executable, '-m', 'basedpyright', '--outputjson'),
-      *('--pythonpath', sys.executable),
-    ],
+    [*program, '--pythonpath', sys.executable],
     cwd=tmp_path,
     capture_output=True,
     text=True,
