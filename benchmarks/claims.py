@@ -305,6 +305,22 @@ def remedies() -> str:
   return markdown.table(rows)
 
 
+def headline() -> str:
+  """The table of docs/measurements.md: the study of that name."""
+  kept = read('headline')
+  methods = list(dict.fromkeys(m for _, _, m in kept.cells))
+  first = next(iter(kept.cells))[1]
+  rows = [['depth', *(kept(first, m).label for m in methods)]]
+  for row in dict.fromkeys(r for _, r, _ in kept.cells):
+    found = [kept(row, method) for method in methods]
+    texts = [
+      percent(c.test.top1, c.test.interval or 0.0) if c.trains else '-'
+      for c in found
+    ]
+    rows.append([row, *texts])
+  return markdown.table(rows)
+
+
 def keep(workdir: Path) -> Path:
   """Keeps the means of a study or of analyses; returns the file."""
   if (workdir / 'training.json').exists():

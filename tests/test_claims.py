@@ -237,6 +237,10 @@ def test_the_table_of_large_batches_is_that_of_its_file():
   assert claims.remedies() in (claims.DOCS / 'from_batchnorm.md').read_text()
 
 
+def test_the_table_of_the_headline_is_that_of_its_file():
+  assert claims.headline() in (claims.DOCS / 'measurements.md').read_text()
+
+
 def test_the_table_of_versions_is_that_of_its_file():
   kept = json.loads((claims.DOCS / 'versions.json').read_text())
   assert versions.table(kept) in (claims.DOCS / 'library.md').read_text()
