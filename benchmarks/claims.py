@@ -23,7 +23,7 @@ from benchmarks import rules
 from skipinit_jax import cli, markdown
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments.downloads import JSON
-from skipinit_jax.experiments.words import percent
+from skipinit_jax.experiments.studies import REMEDIES
 from skipinit_jax.files import write_json
 
 DOCS = Path(__file__).parents[1] / 'docs'
@@ -278,29 +278,18 @@ def remedies() -> str:
   "ahead" and "behind" are by seed, of the same method without a remedy.
   """
   kept, plain = read('large_batch'), 'constant epochs'
-  panels = {
-    'neither': plain,
-    'clipped': f'{plain}, clipped',
-    'clipped but for alpha': f'{plain}, clipped but for alpha',
-    'LARS': f'{plain}, LARS',
-    'Muon': f'{plain}, Muon',
-  }
+  panels = {'neither': plain} | {name: f'{plain}, {name}' for name in REMEDIES}
   keys = list(dict.fromkeys((r, m) for _, r, m in kept.cells))
   rows = [['batch', 'method', *panels]]
   for row, method in keys:
     base = kept(row, method, plain)
     line = [row, base.label]
     for panel in panels.values():
-      cell = kept(row, method, panel)
-      word = ''
+      cell, sign = kept(row, method, panel), 0
       if panel != plain and cell.trains and base.trains:
-        word = {1: ' ahead', 0: '', -1: ' behind'}[
-          rules.sign(rules.less(cell, base))
-        ]
-      shown = percent(cell.test.top1, cell.test.interval or 0.0)
-      if cell.test.diverged == len(cell.test.seeds):
-        shown = 'diverged'
-      line.append(f'{shown}{word}' if cell.trains else '-')
+        sign = rules.sign(rules.less(cell, base))
+      word = {1: ' ahead', 0: '', -1: ' behind'}[sign]
+      line.append(cell.accuracy + word)
     rows.append(line)
   return markdown.table(rows)
 
@@ -312,12 +301,7 @@ def headline() -> str:
   first = next(iter(kept.cells))[1]
   rows = [['depth', *(kept(first, m).label for m in methods)]]
   for row in dict.fromkeys(r for _, r, _ in kept.cells):
-    found = [kept(row, method) for method in methods]
-    texts = [
-      percent(c.test.top1, c.test.interval or 0.0) if c.trains else '-'
-      for c in found
-    ]
-    rows.append([row, *texts])
+    rows.append([row, *(kept(row, method).accuracy for method in methods)])
   return markdown.table(rows)
 
 

@@ -8,7 +8,6 @@ that the study of depth chose on the digits at this depth.
 """
 
 import hashlib
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -119,8 +118,9 @@ def main(folder: Path) -> None:
 
 
 if __name__ == '__main__':
-  if len(sys.argv) != 2:
-    sys.exit('usage: python -m benchmarks.pretrained FOLDER')
   cli.interrupt_as_usual()
+  parser = cli.Parser(description=__doc__.splitlines()[0])
+  parser.add_argument('folder', type=cli.folder, help='of the runs')
+  args = parser.parse_args()
   with cli.errors_in_one_line():
-    main(Path(sys.argv[1]))
+    main(args.folder)

@@ -38,6 +38,16 @@ class Cell:
     return Mean(**self.values['test'])
 
   @property
+  def accuracy(self) -> str:
+    """In percent, with the interval over seeds, or why there is none."""
+    if not self.trains:
+      return '-'
+    if self.test.diverged == len(self.test.seeds):
+      return 'diverged'
+    half = self.test.interval
+    return percent(self.test.top1, self.test.error if half is None else half)
+
+  @property
   def text(self) -> str:
     """Its method and accuracy."""
     if not self.trains:

@@ -59,9 +59,8 @@ def cost(grid: Grid) -> dict[str, float]:
     runs = [
       make_run(grid, cell, grid.rates[0], 0, split) for cell in cells(grid)
     ]
-    for run in {
-      run.id: run for run in runs
-    }.values():  # Cells may share theirs.
+    unique = {run.id: run for run in runs}  # Cells may share theirs.
+    for run in unique.values():
       tuning, tests = seeds_of(grid, run.cell.row)
       each = len(grid.rates) * tuning if split == VALIDATION else tests
       one = _run_cost(run)
