@@ -2,7 +2,8 @@
 
 python -m skipinit_jax.export --checkpoint=RUN --out=DIR --platforms=cpu,cuda
 
-writes to DIR, from the newest checkpoint or from RUN/checkpoints/STEP:
+writes to DIR, from the newest checkpoint or from RUN/checkpoints/STEP; or, with
+the name of a trained network for RUN, from that:
 
   model.stablehlo      uint8 images in, float32 logits out, weights inside
   weights.safetensors  the weights alone
@@ -85,7 +86,8 @@ def export(
   `model.json` is written last.
 
   Args:
-    checkpoint: the folder of a run, or one of its `checkpoints/STEP`.
+    checkpoint: the folder of a run, or one of its `checkpoints/STEP`; or a name
+      that `load_pretrained` knows.
     out: the folder to write to.
     platforms: of PLATFORMS, for the program; this machine's must be one, to
       check the program.
@@ -290,7 +292,9 @@ def main() -> None:
     description='Writes a trained network as StableHLO and as safetensors.',
   )
   parser.add_argument(
-    '--checkpoint', required=True, help='a run, or RUN/checkpoints/STEP'
+    '--checkpoint',
+    required=True,
+    help='a run, RUN/checkpoints/STEP, or the name of a trained network',
   )
   parser.add_argument(
     '--out', type=cli.folder, required=True, help='the folder to write to'

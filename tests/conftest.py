@@ -58,6 +58,12 @@ def pytest_collection_modifyitems(items):
       case.add_marker(pytest.mark.slow)
 
 
+def pytest_configure(config):
+  # A test that ends its worker is named and ends the session. By default the
+  # worker is replaced, which then may wait for ever (pytest-xdist, issue 784).
+  config.option.maxworkerrestart = '0'
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
   """All tests of a file on one worker: what they share is made once."""

@@ -398,7 +398,7 @@ def test_without_plugins_jax_looks_for_cpus_alone(monkeypatch):
       'find_spec',
       lambda name, plugins=plugins: name if name in plugins else None,
     )
-    assert devices._only_cpus() == (not plugins)
+    assert devices.only_cpus() == (not plugins)
 
 
 def test_this_xla_takes_the_flag_of_cpus():

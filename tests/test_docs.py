@@ -324,7 +324,7 @@ PROBE = """
 addEventListener('load', () => parent.postMessage(JSON.stringify({
   wide: document.documentElement.scrollWidth
     - document.documentElement.clientWidth,
-  search: Boolean(document.querySelector('input[aria-label=Search]')),
+  search: Boolean(document.querySelector('[role=dialog][aria-label=Search]')),
 }), '*'));
 """
 

@@ -127,6 +127,17 @@ def test_the_time_is_for_the_device_that_is_found(monkeypatch):
   )
 
 
+def test_before_runs_a_process_of_its_own_looks_for_the_device(monkeypatch):
+  expected = estimate.time_here(GRID)
+  assert 'CPU cores: roughly ' in expected
+  monkeypatch.setattr(estimate, 'only_cpus', lambda: False)
+  monkeypatch.setattr(jax, 'devices', lambda: pytest.fail('looked'))
+  assert estimate.time_of_runs(GRID) == expected
+  # What it meets stops no study.
+  monkeypatch.setenv('JAX_PLATFORMS', 'abacus')
+  assert 'a time that is not known: ' in estimate.time_of_runs(GRID)
+
+
 def test_panels_are_counted_each_with_its_own_steps(no_compiler):
   grid = STUDIES['batch_size'].grids['digits']
   where = estimate.topology('l4x1')

@@ -20,9 +20,9 @@ from skipinit_jax.models import ResNet
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in ROOT.glob('examples/*.py'))
-# The others take longer; tests of exports, of NNX, of the transformer and of
-# private steps run parts of theirs.
-QUICK = ('linen', 'minimal')
+# The others take longer; tests of NNX, of the transformer and of private steps
+# run parts of theirs.
+QUICK = ('export', 'linen', 'minimal')
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from skipinit_jax.experiments.grid import (
 )
 from skipinit_jax.experiments.selection import runs_at, total_runs, wanted
 from skipinit_jax.experiments.studies import DEPTH, STUDIES
+from skipinit_jax.experiments.words import duration
 
 
 def result(top1=0.5):
@@ -503,15 +505,19 @@ def test_a_study_from_the_command_line(tiny_study, tmp_path, capsys):
     check=False,
   )
   assert run.returncode == 0, run.stderr
-  assert (
-    '1 of 6 runs done, 0 begun\nbatch 16: 1 of 3\nbatch 32: 0 of 3\n'
-    in command(capsys, 'status', *tiny_study)[1]
+  (result,) = tmp_path.glob('study/runs/*/result.json')
+  rest = duration(2 * json.loads(result.read_text())['seconds'])
+  assert command(capsys, 'status', *tiny_study)[1] == (
+    '1 of 6 runs done, 0 begun\n'
+    f'batch 16: 1 of 3, the others about {rest} one at a time\n'
+    'batch 32: 0 of 3\n'
   )
 
   status, out, err = command(capsys, 'run', *tiny_study, '--jobs=2', shorter)
   assert status == 0, err
   assert 'batch: 16, 32' in err
   assert '3 runs to start with, 6 runs, ' in err
+  assert re.search(r'^here: \d+ CPU cores: roughly .* with --jobs=', err, re.M)
   assert err.count(', top-1 ') == 5
   assert out.strip() == 'study/report.html'
   assert (

@@ -1,14 +1,12 @@
 """What is exported runs elsewhere and computes what the run computes."""
 
 import json
-import os
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, xla_flags
 from safetensors.numpy import load_file, save_file
 
 from skipinit_jax import export as exporting
@@ -241,20 +239,3 @@ def test_a_mistake_is_one_line(args, line, runs, tmp_path, monkeypatch, capsys):
   assert len(err) == 1
   assert err[0].startswith('error: ')
   assert line in err[0]
-
-
-@pytest.mark.slow
-def test_the_example(tmp_path):
-  """From training to a classified digit, as a user runs it."""
-  end = subprocess.run(
-    [sys.executable, '-m', 'examples.export', str(tmp_path)],
-    cwd=ROOT,
-    env={**os.environ, 'XLA_FLAGS': xla_flags(1), 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-  )
-  assert end.returncode == 0, end.stderr
-  lines = end.stdout.splitlines()
-  assert lines[0].startswith('folded away: params.stage1.block1.conv2.alpha')
-  assert float(lines[-1].split()[0]) > 70  # Percent; chance is 10.
-  assert (tmp_path / 'exported' / 'model.json').exists()

@@ -13,7 +13,7 @@ PACKAGE = ROOT / 'skipinit_jax'
 LAYERS = {
   'models': set(),
   'data': set(),
-  'training': {'models', 'data'},
+  'training': {'models', 'data', 'pretrained'},
   'ahead_of_time': {'models', 'data', 'training'},
   'experiments': {'models', 'data', 'training', 'ahead_of_time'},
   'analysis': {'models', 'data', 'training'},

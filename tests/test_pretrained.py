@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from benchmarks import pretrained as making
+from examples import export as example
 from skipinit_jax import load_pretrained, pretrained
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.pretrained import cards, pack, unpack
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import load_recipe, set_fields
+from skipinit_jax.training.saved import load_run
 
 NAMES = list(cards())
 
@@ -121,6 +123,33 @@ def test_images_that_it_was_not_trained_on_are_refused(images):
     InputError, match=r'\(n, 8, 8, 1\) with pixels from 0 to 16'
   ):
     network(images)
+
+
+def test_a_name_stands_for_a_run(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ('digits-wrn16-skipinit', 'digits-wrn16-batchnorm'):
+    network, run = load_pretrained(name), load_run(name)
+    assert run.data.name == run.config.data.name == 'digits'
+    assert run.step == network.card['run']['steps']
+    images = run.data.eval_images[:5]
+    normalized = run.data.augmentation.normalize(images)
+    np.testing.assert_allclose(
+      run.model.apply(run.variables, normalized, train=False),
+      network(images),
+      rtol=1e-4,
+      atol=1e-4,
+    )
+  (tmp_path / name).mkdir()
+  with pytest.raises(InputError, match='holds no run'):  # The user's folder.
+    load_run(name)
+
+
+def test_the_example_of_exports_ships_one(capsys):
+  example.main()
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith('folded away: params.stage1.block1.conv2.alpha')
+  top1 = cards()['digits-wrn16-skipinit']['top1']
+  assert float(lines[-1].split()[0]) == pytest.approx(100 * top1, abs=0.3)
 
 
 def test_it_is_short_where_it_is_printed():

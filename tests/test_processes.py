@@ -3,10 +3,14 @@
 import json
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from runs import (
+  ROOT,
   TINY,
   finish,
   last_state,
@@ -130,3 +134,33 @@ def test_a_process_without_a_first_step_ends(tmp_path):
   last = err.splitlines()[-1]
   assert last.startswith('error: no progress for ')
   assert last.endswith('s before the first step; this is the only process')
+
+
+WATCHED = """
+import sys
+from skipinit_jax.training.watchdog import Watchdog
+
+with Watchdog(at_start=4, seconds=4):
+  print('ready', flush=True)
+  sys.stdin.readline()
+"""
+
+
+def test_a_process_that_stood_still_is_not_stuck():
+  """As after Ctrl-Z and `fg`."""
+  process = subprocess.Popen(
+    [sys.executable, '-c', WATCHED],
+    cwd=ROOT,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(signal.SIGSTOP)
+  time.sleep(8)
+  process.send_signal(signal.SIGCONT)
+  time.sleep(1)
+  process.stdin.write('\n')
+  status, _, err = finish(process)
+  assert (status, err) == (0, '')

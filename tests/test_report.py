@@ -466,3 +466,6 @@ def test_a_study_that_has_just_begun_has_a_report(tmp_path):
   text = ''.join(page.data)
   assert 'Nothing to draw yet.' in text
   assert '0 of 48 done, 0 of these diverged' in text
+  # Whose share is not known before a run has counted it.
+  assert 'the share of the largest class by three' in text
+  assert '## Figures\n\nNothing to draw' in (tmp_path / 'report.md').read_text()

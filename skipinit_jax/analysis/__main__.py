@@ -89,7 +89,8 @@ def main() -> None:
   )
   parser.add_argument(
     '--checkpoint',
-    help='analyze this run instead, or one of its folders checkpoints/STEP',
+    help='analyze this run instead, or one of its folders checkpoints/STEP, or '
+    'a trained network by its name',
   )
   parser.add_argument('--out', type=cli.folder, default=Path('runs/analysis'))
   args, texts = parser.parse_with_fields()

@@ -26,6 +26,7 @@ from skipinit_jax.experiments.estimate import (
   SUSTAINED_RATE,
   cost,
   time_here,
+  time_of_runs,
   time_on,
 )
 from skipinit_jax.experiments.grid import (
@@ -188,6 +189,8 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
       workdir, args.address, args.gpus_per_run, args.cpus_per_run
     )
   else:
+    if left:
+      print(f'here: {time_of_runs(grid)}', file=sys.stderr)
     places = {cell: i for i, cell in enumerate(cells(grid))}
     engine = engines.local(workdir, args.jobs, lambda run: places[run.cell])
   with engine as submit:
@@ -247,7 +250,7 @@ def report(args: argparse.Namespace, texts: Texts) -> None:
 
 
 def status(args: argparse.Namespace, texts: Texts) -> None:
-  """Prints how far a study is, and each of its rows."""
+  """Prints how far a study is, each of its rows, and the time they need."""
   _, grid, workdir = opened(args, texts)
   results = Results(workdir)
   known = known_runs(grid, results)
@@ -259,8 +262,14 @@ def status(args: argparse.Namespace, texts: Texts) -> None:
   )
   for row, fields in grid.rows.values.items():
     part = dataclasses.replace(grid, rows=Axis(grid.rows.name, {row: fields}))
-    done = len(known_runs(part, results)) - len(wanted(part, results))
-    print(f'{grid.rows.name} {row}: {done} of {total_runs(part, results)}')
+    outcomes = filter(None, map(results, known_runs(part, results)))
+    seconds = [outcome.seconds for outcome in outcomes]
+    left = total_runs(part, results) - len(seconds)
+    line = f'{grid.rows.name} {row}: {len(seconds)} of {left + len(seconds)}'
+    if left and seconds:
+      rest = duration(left * sum(seconds) / len(seconds))
+      line += f', the others about {rest} one at a time'
+    print(line)
   for problem in results.problems.values():
     print(f'unreadable: {problem}')
 

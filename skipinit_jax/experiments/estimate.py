@@ -1,9 +1,11 @@
 """The cost of a study, before it starts."""
 
+import concurrent.futures
 import copy
 import dataclasses
 import functools
 import math
+import multiprocessing
 import os
 from typing import Any
 
@@ -21,7 +23,7 @@ from skipinit_jax.ahead_of_time.chips import (
 )
 from skipinit_jax.ahead_of_time.measure import measure
 from skipinit_jax.data.stand_in import stand_in
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, reason
 from skipinit_jax.experiments.grid import (
   TEST,
   VALIDATION,
@@ -34,6 +36,7 @@ from skipinit_jax.experiments.grid import (
 from skipinit_jax.experiments.selection import seeds_of
 from skipinit_jax.experiments.words import duration
 from skipinit_jax.training.config import default_config
+from skipinit_jax.training.devices import only_cpus
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import set_fields
 
@@ -96,6 +99,22 @@ def time_here(grid: Grid) -> str:
     f'{device.device_kind}: {duration(seconds)} at a sustained '
     f'{SUSTAINED_RATE / 1e12:.0f} TFLOP/s'
   )
+
+
+def time_of_runs(grid: Grid) -> str:
+  """`time_here` before runs start, which need the device to themselves.
+
+  A process of its own looks for the device: a TPU serves one process, and what
+  a GPU's keeps is missing in the runs. Nothing that it meets stops a study.
+  """
+  if only_cpus():
+    return time_here(grid)
+  context = multiprocessing.get_context('spawn')
+  try:
+    with concurrent.futures.ProcessPoolExecutor(1, context) as process:
+      return process.submit(time_here, grid).result()
+  except (InputError, RuntimeError) as error:
+    return f'a time that is not known: {reason(error)}'
 
 
 def time_on(grid: Grid, name: str) -> str:

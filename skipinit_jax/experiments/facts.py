@@ -27,8 +27,9 @@ def make_facts(findings: Findings) -> list[tuple[str, str]]:
     ('Errors', _errors(grid, {o.eval_size for o in outcomes})),
     (
       f'Does not train ({DASH})',
-      'The test accuracy is not above the share of the largest class '
-      f'({findings.chance[TEST]:.1%}) by three standard errors.',
+      'The test accuracy is not above the share of the largest class'
+      + (f' ({findings.chance[TEST]:.1%})' if findings.chance[TEST] else '')
+      + ' by three standard errors.',
     ),
     ('Setting', grid.choices),
     (

@@ -124,14 +124,14 @@ def set_cpu_flag() -> None:
   flags = os.environ.get('XLA_FLAGS', '')
   if CPU_FLAG in flags or (flags and not flags.startswith('-')):  # A file.
     return
-  if platform.machine() not in ('x86_64', 'AMD64') or not _only_cpus():
+  if platform.machine() not in ('x86_64', 'AMD64') or not only_cpus():
     return
   names = CPU_FLAG.removeprefix('--'), CPU_VALUE.upper()
   if all(map(_is_in_jaxlib, names)):
     os.environ['XLA_FLAGS'] = f'{flags} {CPU_FLAG}=-{CPU_VALUE}'.strip()
 
 
-def _only_cpus() -> bool:
+def only_cpus() -> bool:
   """Whether JAX will look for no other devices than CPUs."""
   plugins = ('libtpu', 'jax_plugins')
   return os.environ.get('JAX_PLATFORMS') == 'cpu' or not any(

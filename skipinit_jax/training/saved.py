@@ -13,10 +13,12 @@ from skipinit_jax.data import open_dataset
 from skipinit_jax.data.dataset import Dataset
 from skipinit_jax.errors import InputError, reason
 from skipinit_jax.models.resnet import ResNet
+from skipinit_jax.pretrained import cards, load_pretrained
 from skipinit_jax.training.changes import CONFIG, read_config
 from skipinit_jax.training.checkpoints import FOLDER, saved_steps
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.program import make_program
+from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.training.resume import restore_saved
 
 
@@ -96,17 +98,20 @@ def find_checkpoint(
 
 
 def load_run(checkpoint: os.PathLike | str) -> Saved:
-  """Loads the network of a checkpoint.
+  """Loads the network of a checkpoint, or one that comes with the package.
 
   Args:
     checkpoint: the folder of a run, for its newest checkpoint, or one of the
-      run's folders `checkpoints/STEP`.
+      run's folders `checkpoints/STEP`; or a name that `load_pretrained` knows,
+      unless there is a folder of that name.
 
   Raises:
     InputError: the folder holds no run, or no such checkpoint; or the config in
       it is of another network, or the checkpoint of another run.
     RunError: the checkpoint is damaged, or can't be read at present.
   """
+  if checkpoint in cards() and not os.path.exists(checkpoint):
+    return _pretrained(os.fspath(checkpoint))
   config, workdir, step = find_checkpoint(checkpoint)
   data = open_dataset(config.data)
   program = make_program(config, data)
@@ -119,4 +124,20 @@ def load_run(checkpoint: os.PathLike | str) -> Saved:
     step,
     variables={'params': local.params, 'batch_stats': local.batch_stats},
     averages=local.ema,
+  )
+
+
+def _pretrained(name: str) -> Saved:
+  """A network that comes with the package, as its run would be loaded."""
+  network = load_pretrained(name)
+  config = set_fields(
+    load_recipe(network.card['recipe']), network.card['fields']
+  )
+  return Saved(
+    config,
+    open_dataset(config.data),
+    network.model,
+    network.card['run']['steps'],
+    jax.tree.map(jnp.asarray, network.variables),
+    averages=None,
   )

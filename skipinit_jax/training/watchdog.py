@@ -7,13 +7,17 @@ from jax._src import distributed
 
 from skipinit_jax.cli import STUCK, leave
 
+STANDSTILL = 5  # Pauses between two looks: meanwhile nothing ran at all.
+
 
 class Watchdog:
   """A thread that ends this process, with status STUCK, after a silence.
 
   If one process of a job hangs, all others wait in a collective for ever, and
   JAX's heartbeat does not notice. Every process therefore watches its own
-  steps, and publishes how far it got through the coordination service.
+  steps, and publishes how far it got through the coordination service. Time in
+  which this whole process stood still, as after Ctrl-Z or with its machine, is
+  no silence.
 
   Args:
     at_start: seconds that may pass before the first step: connecting, reading
@@ -43,8 +47,12 @@ class Watchdog:
     self._step = self._step if step is None else step
 
   def _watch(self) -> None:
-    published = None
-    while not self._done.wait(min(1.0, self._seconds / 4, self._at_start / 4)):
+    published, looked = None, time.monotonic()
+    pause = min(1.0, self._seconds / 4, self._at_start / 4)
+    while not self._done.wait(pause):
+      before, looked = looked, time.monotonic()
+      if looked - before > STANDSTILL * pause:
+        self._last = looked
       beat = self._step, self._last
       if beat != published:
         _publish(_progress(self._step))
