@@ -8,8 +8,15 @@ import pytest
 
 from skipinit_jax.experiments import laws
 from skipinit_jax.experiments.findings import Curve
-from skipinit_jax.experiments.grid import Cell
+from skipinit_jax.experiments.grid import (
+  TEST,
+  VALIDATION,
+  Cell,
+  cells,
+  make_run,
+)
 from skipinit_jax.experiments.selection import Mean, Summary
+from skipinit_jax.experiments.studies import STUDIES
 from skipinit_jax.intervals import slope
 
 RATES = range(-10, 1)
@@ -98,3 +105,13 @@ def test_the_law_is_found_again():
   fails = {c: Summary(c, {}, [], rate=-3, trains=False) for c in summaries}
   findings.summaries = fails
   assert laws.exponents(findings, '', 'skipinit')['depth'] is None
+
+
+def test_test_runs_measure_the_effective_depth():
+  for study in STUDIES.values():
+    for grid in study.grids.values() if study.law else ():
+      for cell in cells(grid):
+        for split, watched in ((VALIDATION, False), (TEST, True)):
+          run = make_run(grid, cell, grid.rates[0], 0, split)
+          every, steps = run.config.watch_every_steps, run.config.epochs * 44
+          assert bool(every and every < steps / 4) == watched

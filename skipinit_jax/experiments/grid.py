@@ -43,6 +43,8 @@ class Grid:
     fields: fields that all runs set; like those of the axes, values, or
       functions of the fields before them (in the order: these, rows, panels,
       columns).
+    test_fields: fields that test runs set beside these, such as what is to be
+      measured in them.
     rows, columns, panels: axes of the table; `columns` are keys of VARIANTS.
     rates: exponents of 2 of the learning rates, times `unit`.
     widest: the smallest and the largest exponent that a cell's rates may be
@@ -62,6 +64,7 @@ class Grid:
   columns: tuple[str, ...]
   rates: tuple[int, ...]
   validation: int
+  test_fields: Fields = dataclasses.field(default_factory=dict)
   widest: tuple[int, int] | None = None
   seeds: int = 1
   tuning_seeds: int | None = None
@@ -176,6 +179,7 @@ def make_run(grid: Grid, cell: Cell, rate: int, seed: int, split: str) -> Run:
       'data.validation': grid.validation if split == VALIDATION else 0,
       'diverged_status': 0,
     },
+    grid.test_fields if split == TEST else {},
     grid.overrides,
   ):
     fields |= {k: v(fields) if callable(v) else v for k, v in part.items()}

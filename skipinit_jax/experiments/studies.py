@@ -398,6 +398,7 @@ RATE_LAW = Study(
   'effective depth that is measured?',
   grids=on_small(
     fields=UNWATCHED,
+    test_fields={'watch_every_steps': 45},  # For the effective depth.
     rows=depths(16, 28, 52, 100),
     columns=('batchnorm', 'fixup', 'skipinit_sqrt', 'skipinit'),
     rates=(-7, -6, -5, -4, -3, -2),
