@@ -24,7 +24,11 @@ from skipinit_jax import cli, markdown
 from skipinit_jax.errors import InputError
 from skipinit_jax.experiments.downloads import JSON
 from skipinit_jax.experiments.studies import REMEDIES
+from skipinit_jax.experiments.tables import exponent
+from skipinit_jax.experiments.words import power
 from skipinit_jax.files import write_json
+from skipinit_jax.published import DEPTH as PUBLISHED
+from skipinit_jax.variants import VARIANTS
 
 DOCS = Path(__file__).parents[1] / 'docs'
 DE_SMITH = 'De & Smith 2020'
@@ -136,6 +140,13 @@ CLAIMS = (
     rules.falls_with_the_batch,
   ),
   Claim(
+    'With the scalar at 0 the best rate is the same at every depth',
+    f'{DE_SMITH}, table 1',
+    'rate_law',
+    'as a power of the depth, from 16 to 100 layers, within 0.25 of 0',
+    rules.rate_is_constant,
+  ),
+  Claim(
     'Fixup is as good as batch normalization in the first epoch, whatever the '
     'depth',
     'Zhang, Dauphin, Ma 2019, figure 3',
@@ -220,7 +231,8 @@ def read(study: str) -> Any:
     return contents
   cells = contents['cells']
   return rules.Kept(
-    {(c['panel'], c['row'], c['method']): rules.Cell(c) for c in cells}
+    {(c['panel'], c['row'], c['method']): rules.Cell(c) for c in cells},
+    {law['method']: law for law in contents.get('exponents', ())},
   )
 
 
@@ -254,11 +266,11 @@ def summary() -> str:
 def page() -> str:
   """docs/claims.md."""
   judged = [judge(claim) for claim in CLAIMS]
-  rows = [['claim', 'source', 'agrees if', 'found', 'verdict']]
+  rows = [['claim', 'verdict', 'found', 'agrees if', 'source']]
   for claim, (text, word) in zip(CLAIMS, judged, strict=True):
     study = f'`{claim.study}`: ' if claim.test else ''
     rule = claim.rule if claim.test else ''
-    rows.append([claim.text, claim.source, rule, study + text, f'**{word}**'])
+    rows.append([claim.text, f'**{word}**', study + text, rule, claim.source])
   return f"""# What the papers claim, and what came of it here
 
 {summary()}.
@@ -302,6 +314,30 @@ def headline() -> str:
   rows = [['depth', *(kept(first, m).label for m in methods)]]
   for row in dict.fromkeys(r for _, r, _ in kept.cells):
     rows.append([row, *(kept(row, method).accuracy for method in methods)])
+  return markdown.table(rows)
+
+
+def rate_law() -> str:
+  """The table of docs/measurements.md: exponents of the best rate."""
+  rows = [
+    [
+      'method',
+      'exponent, by depth',
+      'by effective depth',
+      'effective depths',
+      'published best rates',
+    ]
+  ]
+  for method, law in read('rate_law').exponents.items():
+    published = PUBLISHED.get(method, {}).values()
+    rows.append(
+      [
+        VARIANTS[method].label,
+        *(exponent(law[kind]) for kind in ('depth', 'effective')),
+        ', '.join(f'{d:.2g}' for d in law['effective_depths'].values()),
+        ', '.join(power(accuracy.rate) for accuracy in published) or '-',
+      ]
+    )
   return markdown.table(rows)
 
 

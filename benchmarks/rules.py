@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from skipinit_jax.experiments.selection import Mean, paired
-from skipinit_jax.experiments.tables import difference
+from skipinit_jax.experiments.tables import difference, exponent
 from skipinit_jax.experiments.words import percent, power
 from skipinit_jax.variants import VARIANTS
 
@@ -68,6 +68,8 @@ class Kept:
   """A study that was kept."""
 
   cells: Mapping[tuple[str, str, str], Cell]
+  # By method, as `experiments.laws` has them.
+  exponents: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __call__(self, row: str, method: str, panel: str = '') -> Cell:
     return self.cells[panel, row, method]
@@ -211,6 +213,23 @@ def falls_with_the_batch(kept: Kept) -> tuple[str, bool | None]:
     return text, None if sign(found['512']) == 0 else False
   more = found['512'][0] - found['64'][0] > found['512'][1] + found['64'][1]
   return text, True if more else None
+
+
+def rate_is_constant(kept: Kept) -> tuple[str, bool | None]:
+  """The exponent of SkipInit 0's best rate by depth is within 0.25 of 0."""
+  laws = {
+    method: kept.exponents[method]['depth']
+    for method in ('skipinit', 'batchnorm', 'fixup', 'skipinit_sqrt')
+  }
+  text = ', '.join(
+    f'{VARIANTS[method].label} {exponent(fit)}' for method, fit in laws.items()
+  )
+  if laws['skipinit'] is None:
+    return text, None
+  found, half = laws['skipinit']
+  if abs(found) + half < 0.25:
+    return text, True
+  return text, False if abs(found) - half > 0.25 else None
 
 
 def good_first_epoch(kept: Kept) -> tuple[str, bool | None]:

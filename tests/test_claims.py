@@ -206,6 +206,25 @@ def test_clipping_regains_where_its_interval_says_so(gap, agrees):
   assert 'batch 1152' in text
 
 
+@pytest.mark.parametrize(
+  ('fit', 'agrees'),
+  [
+    ((0.05, 0.1), True),
+    ((-0.2, 0.1), None),
+    ((0.4, 0.1), False),
+    ((-0.4, 0.1), False),
+    (None, None),
+  ],
+)
+def test_the_best_rate_is_constant_where_its_interval_says_so(fit, agrees):
+  others = ('batchnorm', 'fixup', 'skipinit_sqrt')
+  laws = {m: {'depth': (-1.0, 0.1)} for m in others}
+  study = Kept({}, laws | {'skipinit': {'depth': fit}})
+  text, found = rules.rate_is_constant(study)
+  assert found is agrees
+  assert 'Fixup \u22121.00 ± 0.10' in text
+
+
 def test_the_tables_along_training_are_those_of_their_file():
   kept = json.loads((claims.DOCS / 'along_training.json').read_text())
   page = (claims.DOCS / 'how_it_works.md').read_text()
@@ -235,6 +254,10 @@ def test_the_page_is_made_from_what_was_kept():
 
 def test_the_table_of_large_batches_is_that_of_its_file():
   assert claims.remedies() in (claims.DOCS / 'from_batchnorm.md').read_text()
+
+
+def test_the_table_of_the_law_is_that_of_its_file():
+  assert claims.rate_law() in (claims.DOCS / 'measurements.md').read_text()
 
 
 def test_the_table_of_the_headline_is_that_of_its_file():

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from studies import EVIL, UNFINISHED, make_grid, make_study, write_runs
 
+from skipinit_jax.experiments.downloads import write_downloads
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.grid import TEST, VALIDATION, Axis, Cell
 from skipinit_jax.experiments.report import write_comparison, write_report
@@ -296,6 +297,15 @@ def test_a_law_is_shown_for_every_method(tmp_path):
   assert by_depth == '0.00 ± 0.00'
   assert by_effective == 'not done'  # None of these runs was watched.
   assert depths == '–, –'  # noqa: RUF001
+  write_downloads(findings)
+  results = json.loads((tmp_path / 'results.json').read_text())
+  assert results['exponents'][0] == {
+    'panel': '',
+    'method': 'batchnorm',
+    'depth': [0.0, 0.0],
+    'effective': None,
+    'effective_depths': {'16': None, '100': None},
+  }
 
 
 def test_two_studies_stand_side_by_side(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.grid import Run
+from skipinit_jax.experiments.laws import effective_depths, exponents
 from skipinit_jax.experiments.selection import Mean, Summary
 from skipinit_jax.experiments.tables import Table
 from skipinit_jax.experiments.words import DASH, MINUS, SUPERSCRIPTS, TIMES
@@ -18,7 +19,8 @@ OUTCOME = ('status', 'top1', 'loss', 'train_loss', 'steps', 'seconds')
 
 def write_downloads(findings: Findings) -> None:
   """Writes every run as a line of results.csv, and with every cell's means and
-  choice of rate as results.json, into the study's folder."""
+  choice of rate as results.json, into the study's folder; there too, where the
+  study asks for them, the exponents of `laws`."""
   runs = [
     {'panel': cell.panel, 'row': cell.row, 'method': cell.column}
     | _run(findings, run)
@@ -35,17 +37,23 @@ def write_downloads(findings: Findings) -> None:
     for cell, summary in findings.summaries.items()
   ]
   grid = findings.grid
-  write_json(
-    findings.workdir / JSON,
-    {
-      'study': findings.study.name,
-      'dataset': findings.dataset,
-      'unit': grid.unit,
-      'overrides': dict(grid.overrides),
-      'cells': cells,
-      'runs': runs,
-    },
-  )
+  results = {
+    'study': findings.study.name,
+    'dataset': findings.dataset,
+    'unit': grid.unit,
+    'overrides': dict(grid.overrides),
+    'cells': cells,
+    'runs': runs,
+  }
+  if findings.study.law:
+    results['exponents'] = [
+      {'panel': panel, 'method': column}
+      | exponents(findings, panel, column)
+      | {'effective_depths': effective_depths(findings, panel, column)}
+      for panel in grid.panels.values
+      for column in grid.columns
+    ]
+  write_json(findings.workdir / JSON, results)
 
 
 def _run(findings: Findings, run: Run) -> dict[str, Any]:

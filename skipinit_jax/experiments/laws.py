@@ -63,21 +63,26 @@ def effective_depth(curve: Curve | None) -> float | None:
   return statistics.fmean(sums) if sums else None
 
 
+def effective_depths(
+  findings: Findings, panel: str, column: str
+) -> dict[str, float | None]:
+  """The effective depth at the chosen rate, by row; None: not measured."""
+  return {
+    row: effective_depth(findings.curves[Cell(panel, row, column)])
+    for row in findings.grid.rows.values
+  }
+
+
 def exponents(
   findings: Findings, panel: str, column: str
 ) -> dict[str, tuple[float, float] | None]:
   """Exponents of the best rate, by the depth of rows and by effective depth."""
   points: dict[str, list[tuple[float, float]]] = {'depth': [], 'effective': []}
-  for row in findings.grid.rows.values:
-    cell = Cell(panel, row, column)
-    summary = findings.summaries[cell]
+  for row, effective in effective_depths(findings, panel, column).items():
+    summary = findings.summaries[Cell(panel, row, column)]
     if summary.rate is None or summary.trains is False:
       continue
-    depths = {
-      'depth': float(row),
-      'effective': effective_depth(findings.curves[cell]),
-    }
-    for kind, depth in depths.items():
+    for kind, depth in {'depth': float(row), 'effective': effective}.items():
       if depth:
         x = math.log2(depth)
         points[kind] += [(x, y) for y in by_seed(summary.by_rate)]

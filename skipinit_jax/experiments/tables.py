@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from skipinit_jax.experiments.findings import Findings
 from skipinit_jax.experiments.grid import Cell, Grid
-from skipinit_jax.experiments.laws import effective_depth, exponents
+from skipinit_jax.experiments.laws import effective_depths, exponents
 from skipinit_jax.experiments.selection import Summary, paired
 from skipinit_jax.experiments.studies import Study
 from skipinit_jax.experiments.words import (
@@ -197,15 +197,9 @@ def _exponents(findings: Findings, panel: str) -> Table:
   rows = []
   for column in grid.columns:
     found = exponents(findings, panel, column)
-    measured = [
-      effective_depth(findings.curves[Cell(panel, row, column)])
-      for row in grid.rows.values
-    ]
+    measured = effective_depths(findings, panel, column).values()
     depths = ', '.join(DASH if d is None else f'{d:.1f}' for d in measured)
-    texts = [
-      'not done' if fit is None else f'{_signed(fit[0], 2)} ± {fit[1]:.2f}'
-      for fit in found.values()
-    ]
+    texts = map(exponent, found.values())
     rows.append([Entry(t) for t in (VARIANTS[column].label, *texts, depths)])
   names = ', '.join(grid.rows.values)
   return Table(
@@ -223,6 +217,11 @@ def _exponents(findings: Findings, panel: str) -> Table:
       'summed over blocks and averaged over training at the chosen rate.'
     ],
   )
+
+
+def exponent(fit: Sequence[float] | None) -> str:
+  """An exponent and half of its interval, in words."""
+  return 'not done' if fit is None else f'{_signed(fit[0], 2)} ± {fit[1]:.2f}'
 
 
 def _less(ours: Summary, theirs: Summary) -> Entry:
