@@ -364,6 +364,8 @@ def test_a_width_below_one_is_refused(width):
     ((2, 8, 8, 1), 'int32', r'must be floating .*got int32'),
     ((2, 0, 0, 1), 'float32', r'no axis empty, got float32 of shape \(2, 0, 0'),
     ((0, 8, 8, 1), 'float32', r'no axis empty, got float32 of shape \(0, 8, 8'),
+    ((2, 3, 32, 32), 'float32', r'\(2, 3, 32, 32\): their channels come first'),
+    ((2, 1, 9, 9), 'bfloat16', r'\(2, 1, 9, 9\): their channels come first'),
   ],
 )
 def test_images_of_wrong_rank_or_dtype_are_refused(shape, dtype, message):

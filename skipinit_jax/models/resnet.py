@@ -123,12 +123,13 @@ class ResNet(nn.Module):
       is None; float32 unless the parameters are wider.
 
     Raises:
-      InputError: images of another rank or dtype or without pixels, an unknown
-        method or dtype, impossible sizes, parameters of a scanned network in an
-        unrolled one or the reverse, or choices that exclude each other: 'crelu'
-        or no skip paths with Fixup's blocks or `nf`; 'looks_linear' without
-        'crelu'; no skip paths where the branches start at zero; an alpha of 0
-        where the last kernels start at zero too.
+      InputError: images of another rank or dtype, without pixels, or whose
+        channels come first, an unknown method or dtype, impossible sizes,
+        parameters of a scanned network in an unrolled one or the reverse, or
+        choices that exclude each other: 'crelu' or no skip paths with Fixup's
+        blocks or `nf`; 'looks_linear' without 'crelu'; no skip paths where the
+        branches start at zero; an alpha of 0 where the last kernels start at
+        zero too.
     """
     self._check(images)
     method = resolve_method(self.method, self.alpha)
@@ -204,6 +205,12 @@ class ResNet(nn.Module):
 
   def _check(self, images: jax.Array) -> None:
     check_inputs('images', images, '(batch, height, width, channels)', rank=4)
+    _, height, width, channels = images.shape
+    if height in (1, 3) and width == channels > 4:
+      raise InputError(
+        f'images of shape {images.shape}: their channels come first; expected '
+        '(batch, height, width, channels), as of images.transpose(0, 2, 3, 1)'
+      )
     sizes = self.stage_sizes
     whole = isinstance(sizes, Sequence) and all(map(is_whole, sizes))
     if not whole or not sizes:
