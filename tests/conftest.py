@@ -47,13 +47,19 @@ def pytest_report_header():
 
 @pytest.hookimpl(tryfirst=True)  # Before slow tests are left out.
 def pytest_collection_modifyitems(items):
-  """Of a test marked `sampled(n)` all cases but n count as slow."""
-  tests = defaultdict(list)
+  """Of a test or a file marked `sampled(n)` all cases but n count as slow."""
+  groups = defaultdict(list)
   for item in items:
-    if mark := item.get_closest_marker('sampled'):
-      tests[item.nodeid.partition('[')[0], mark.args[0]].append(item)
+    for node, mark in item.iter_markers_with_node('sampled'):
+      groups[node.nodeid.partition('[')[0], mark.args[0]].append(item)
   rng = random.Random(seed())
-  for (_, number), cases in tests.items():
+  # The cases of a test first, then the tests of a file.
+  for name, number in sorted(groups, key=lambda group: '::' not in group[0]):
+    cases = [
+      case
+      for case in groups[name, number]
+      if not case.get_closest_marker('slow')
+    ]
     for case in rng.sample(cases, max(0, len(cases) - number)):
       case.add_marker(pytest.mark.slow)
 

@@ -16,6 +16,8 @@ from skipinit_jax.training.metrics import read_metrics
 from skipinit_jax.training.recipes import load_recipe, set_fields
 from skipinit_jax.training.saved import load_run
 
+pytestmark = pytest.mark.sampled(4)
+
 TINY = {
   'model.depth': 10,
   'epochs': 1.0,

@@ -23,6 +23,8 @@ from runs import (
 
 from skipinit_jax.cli import LOST, STUCK
 
+pytestmark = pytest.mark.sampled(3)
+
 SYNCED = (
   *TINY,
   '--config.model.statistics_group=all',

@@ -28,6 +28,8 @@ from runs import (
 from skipinit_jax.cli import FAILED
 from skipinit_jax.training.signals import IMPATIENT, SIGNALS
 
+pytestmark = pytest.mark.sampled(7)  # Each starts programs.
+
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):

@@ -30,6 +30,7 @@ from skipinit_jax.training.recipes import load_recipe, set_fields  # noqa: E402
 from skipinit_jax.training.timetable import Timetable  # noqa: E402
 
 TRAIN, EVAL, BATCH = 40, 12, 8  # Five steps an epoch.
+pytestmark = pytest.mark.sampled(6)
 FIELDS = {
   'allow_cpu': True,
   'batch_size': BATCH,
