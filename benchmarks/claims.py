@@ -11,6 +11,7 @@ is made from all that was kept; README shows its counts.
 
 import dataclasses
 import json
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -111,10 +112,11 @@ CLAIMS = (
     rules.l2_is_worth_points,
   ),
   Claim(
-    "Either of Fixup's two rules suffices to train deep networks",
+    "Either zero last kernels or Fixup's rescaling suffices to train deep "
+    'networks',
     f'{DE_SMITH}, section on Fixup',
     'fixup_parts',
-    'at 100 layers each trains alone, and neither does not',
+    'at 100 layers each trains alone, and the network without both fails',
     rules.either_part,
   ),
   Claim(
@@ -129,12 +131,12 @@ CLAIMS = (
     'Batch normalization is stable at larger rates, where batches are large',
     DE_SMITH,
     'batch_size',
-    'at batch 512, a larger stable rate than SkipInit 0',
+    'at batch 512, no seed diverges at a larger rate than with SkipInit 0',
     rules.reaches_larger_rates,
   ),
   Claim(
     'Without batch normalization accuracy falls as batches grow',
-    f'{DE_SMITH}, table 3; the review',
+    f'{DE_SMITH}, table 3',
     'batch_size',
     'batch normalization is ahead at 512, and by more than at 64',
     rules.falls_with_the_batch,
@@ -157,7 +159,7 @@ CLAIMS = (
   Claim(
     'Networks that do not normalize their branches, such as the original '
     'transformer, are hard to train when deep; the scalar trains them',
-    'the review',
+    'reviews of the paper',
     'transformer',
     'at 64 blocks post-norm stays at chance, pre-norm and SkipInit train',
     rules.post_norm_fails,
@@ -206,7 +208,7 @@ CLAIMS = (
   Claim(
     'With Dropout and biases SkipInit is ahead of batch normalization on '
     'ImageNet at batches of 256 and 1024',
-    f'{DE_SMITH}, table 3; the review',
+    f'{DE_SMITH}, table 3',
     '',
     f'{NOT_RUN} (`imagenet`), with the control that was not published, batch '
     'normalization with Dropout',
@@ -214,7 +216,7 @@ CLAIMS = (
   Claim(
     'On CIFAR-10 the scalar does about as well as batch normalization and '
     'Fixup, to 1000 layers',
-    f'{DE_SMITH}, table 1; the review',
+    f'{DE_SMITH}, table 1; reviews of it',
     '',
     f'{NOT_RUN} (`depth`)',
   ),
@@ -268,7 +270,7 @@ def page() -> str:
   judged = [judge(claim) for claim in CLAIMS]
   rows = [['claim', 'verdict', 'found', 'agrees if', 'source']]
   for claim, (text, word) in zip(CLAIMS, judged, strict=True):
-    study = f'`{claim.study}`: ' if claim.test else ''
+    study = f'[{claim.study}]({claim.study}.json): ' if claim.test else ''
     rule = claim.rule if claim.test else ''
     rows.append([claim.text, f'**{word}**', study + text, rule, claim.source])
   return f"""# What the papers claim, and what came of it here
@@ -279,7 +281,9 @@ Made by `python -m benchmarks.claims` from the studies on scikit-learn's digits
 ([how a rate is chosen](studies.md)): 8x8 images and networks one wide, so that
 agreement says that an effect is there, contradiction not that it is nowhere.
 ± is half of a 95 % interval over seeds; differences are in points, by seed. A
-claim is undecided where an interval leaves it open.
+claim is undecided where an interval leaves it open. `analysis` is
+`python -m skipinit_jax.analysis all`, `transformer` is
+`python -m examples.transformer`, the others are [studies](studies.md).
 
 {markdown.table(rows)}"""
 
@@ -317,6 +321,20 @@ def headline() -> str:
   return markdown.table(rows)
 
 
+def effective_depths() -> str:
+  """The table of docs/how_it_works.md: at initialization, beside the theory."""
+  found = read('analysis')['effective_depth']
+  methods = list(found['16'])
+  rows = [['depth', 'blocks', *(VARIANTS[m].label for m in methods)]]
+  for depth, of_depth in found.items():
+    row = [depth, str(of_depth[methods[0]]['blocks'])]
+    for each in of_depth.values():
+      mean = statistics.fmean(each['draws'])
+      row.append(f'{mean:.2f} ± {each["interval"]:.2f} ({each["theory"]:.2f})')
+    rows.append(row)
+  return markdown.table(rows)
+
+
 def rate_law() -> str:
   """The table of docs/measurements.md: exponents of the best rate."""
   rows = [
@@ -334,7 +352,10 @@ def rate_law() -> str:
       [
         VARIANTS[method].label,
         *(exponent(law[kind]) for kind in ('depth', 'effective')),
-        ', '.join(f'{d:.2g}' for d in law['effective_depths'].values()),
+        ', '.join(
+          '-' if depth is None else f'{depth:.2g}'
+          for depth in law['effective_depths'].values()
+        ),
         ', '.join(power(accuracy.rate) for accuracy in published) or '-',
       ]
     )
@@ -377,6 +398,18 @@ def of_analysis(workdir: Path) -> dict[str, Any]:
     return {m: {n: each[n] for n in names} for m, each in kind.items()}
 
   start = {m: found['propagation']['100'][m] for m in ('batchnorm', 'none')}
+  depths = {
+    depth: {
+      method: {
+        'blocks': len(each['share']),
+        'draws': each['effective_depth'],
+        'interval': each['interval'],
+        'theory': sum(each['expected_share']),
+      }
+      for method, each in of_depth.items()
+    }
+    for depth, of_depth in found['propagation'].items()
+  }
   paths = only(found['paths'], 'effective_depth', 'interval')
   for method, each in found['paths'].items():
     paths[method]['blocks'] = len(each['norm']) - 1
@@ -387,6 +420,7 @@ def of_analysis(workdir: Path) -> dict[str, Any]:
   names = ('whole', 'single', 'several', 'deleted')
   return {
     'propagation': only(start, 'share', 'expected_share', 'output'),
+    'effective_depth': depths,
     'paths': paths,
     'lesions': only(found['lesions'], *names),
     'shattered': shattered,

@@ -4,7 +4,8 @@
 
 Each is trained in a folder of its own, which resumes, then packed, and the page
 docs/pretrained.md gets its table. The extra `mnist` is needed. Rates are those
-that the study of depth chose on the digits at this depth.
+that the study of depth chose on the digits at this depth; for nf, which it has
+not, that of SkipInit.
 """
 
 import hashlib

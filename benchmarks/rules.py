@@ -44,8 +44,7 @@ class Cell:
       return '-'
     if self.test.diverged == len(self.test.seeds):
       return 'diverged'
-    half = self.test.interval
-    return percent(self.test.top1, self.test.error if half is None else half)
+    return percent(self.test.top1, self.test.bar)
 
   @property
   def text(self) -> str:
@@ -53,7 +52,7 @@ class Cell:
     if not self.trains:
       tried = self.values['tried']
       low, high = power(min(tried)), power(max(tried))
-      return f'{self.label} does not train ({low} to {high})'
+      return f'{self.label}: fails ({low} to {high})'
     return f'{self.label} {percent(self.test.top1, self.test.bar)}'
 
   @property
@@ -208,7 +207,7 @@ def falls_with_the_batch(kept: Kept) -> tuple[str, bool | None]:
     r: less(kept(r, 'batchnorm', EPOCHS), kept(r, 'skipinit', EPOCHS))
     for r in ('64', '512')
   }
-  text = f'BatchNorm less SkipInit 0, {by_row("batch", found)}'
+  text = f'BatchNorm minus SkipInit 0, {by_row("batch", found)}'
   if sign(found['512']) != 1:
     return text, None if sign(found['512']) == 0 else False
   more = found['512'][0] - found['64'][0] > found['512'][1] + found['64'][1]

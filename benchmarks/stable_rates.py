@@ -48,7 +48,7 @@ IMAGES, IMAGES_OF_CURVATURE = 512, 128
 # Field -> its words in the table.
 QUANTITIES = {
   'eigenvalue': 'largest eigenvalue of the Hessian',
-  'normalized': 'of it, kernels in units of their norms',
+  'normalized': 'the same, kernels scaled to norm 1',
   'gradient': 'curvature along the gradient',
   'momentum': 'curvature along the momentum',
   'step': '1 / longest step along the gradient',

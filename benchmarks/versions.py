@@ -22,7 +22,7 @@ from skipinit_jax.files import write_json
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / 'docs' / 'versions.json'
-OLDEST = ('jax==0.10.0', 'flax==0.12.*', 'optax==0.2.8')
+OLDEST = ('jax==0.10.0', 'flax==0.12.1', 'optax==0.2.8')
 CHOICES = {'oldest': OLDEST, 'newest': ()}
 ROUNDS = 7
 TIMED = """
@@ -38,9 +38,12 @@ print(middle - start, end - middle)
 
 def run(*command: str | Path, cwd: Path) -> str:
   """What a command prints; InputError with its last line if it fails."""
-  done = subprocess.run(
-    [*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False
-  )
+  try:
+    done = subprocess.run(
+      [*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False
+    )
+  except OSError as error:
+    raise InputError(f'{command[0]}: {error.strerror}') from None
   if done.returncode:
     lines = (done.stderr or done.stdout).strip().splitlines() or ['']
     raise InputError(f'{command[0]} {command[1]}: {lines[-1]}')
@@ -68,7 +71,6 @@ def measure(python: str, wanted: tuple[str, ...], wheel: Path) -> dict:
   return {
     'python': version.split()[0],
     **{name: packages[name] for name in ('jax', 'flax', 'optax', 'numpy')},
-    'packages': len(packages) - 1,  # Without pip.
     'example': said.strip(),
     'seconds': {
       name: [round(row[i], 3) for row in times]

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax.export
 import numpy as np
 
+from skipinit_jax.cli import errors_in_one_line
 from skipinit_jax.data import open_dataset
 from skipinit_jax.export import export
 from skipinit_jax.training.recipes import load_recipe
@@ -58,4 +59,5 @@ def classify(exported: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  with errors_in_one_line():
+    main(*sys.argv[1:])

@@ -129,7 +129,7 @@ def pack(variables: Mapping[str, Any]) -> bytes:
       leaf = np.rint(leaf / np.where(scale, scale, 1)).astype(np.int8)
     arrays[name] = leaf
   file = io.BytesIO()
-  np.savez_compressed(file, allow_pickle=False, **arrays)
+  np.savez_compressed(file, **arrays)
   return file.getvalue()
 
 
@@ -137,7 +137,7 @@ def unpack(data: bytes) -> dict[str, Any]:
   """The variables, float32 NumPy arrays, from what `pack` made."""
   with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
     leaves = {
-      name: arrays[name] * arrays.get(name + SCALE, np.float32(1))
+      name: np.asarray(arrays[name] * arrays.get(name + SCALE, np.float32(1)))
       for name in arrays
       if not name.endswith(SCALE)
     }

@@ -107,7 +107,9 @@ VARIANTS: dict[str, Variant] = {
     's',
     '--',
   ),
-  'fixup_no_part': Variant(_WITHOUT_PARTS, "None of Fixup's", RED, 'X', ':'),
+  'fixup_no_part': Variant(
+    _WITHOUT_PARTS, "Without Fixup's rules", RED, 'X', ':'
+  ),
   # ImageNet: the rows of De & Smith 2020, table 3, and two of ours.
   'imagenet:batchnorm': Variant(
     _PLAIN_BATCHNORM, 'Batch normalization', ORANGE, 's', '--'

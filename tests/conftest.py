@@ -52,7 +52,6 @@ def pytest_collection_modifyitems(items):
   for item in items:
     for node, mark in item.iter_markers_with_node('sampled'):
       groups[node.nodeid.partition('[')[0], mark.args[0]].append(item)
-  rng = random.Random(seed())
   # The cases of a test first, then the tests of a file.
   for name, number in sorted(groups, key=lambda group: '::' not in group[0]):
     cases = [
@@ -60,6 +59,7 @@ def pytest_collection_modifyitems(items):
       for case in groups[name, number]
       if not case.get_closest_marker('slow')
     ]
+    rng = random.Random(f'{seed()} {name}')  # Whatever else is collected.
     for case in rng.sample(cases, max(0, len(cases) - number)):
       case.add_marker(pytest.mark.slow)
 

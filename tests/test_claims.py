@@ -44,7 +44,7 @@ def test_depth_agrees_only_if_all_train_and_the_plain_network_does_not():
   text, agrees = rules.all_train(of_depths())
   assert agrees
   assert 'depth 100: BatchNorm 91.0 ± 2.0' in text
-  assert 'Neither does not train (2⁻¹⁶ to 2⁻²)' in text
+  assert 'Neither: fails (2⁻¹⁶ to 2⁻²)' in text
   assert not rules.all_train(of_depths(plain=True))[1]
   assert not rules.all_train(of_depths(scalar=False))[1]
 
@@ -254,6 +254,11 @@ def test_the_page_is_made_from_what_was_kept():
 
 def test_the_table_of_large_batches_is_that_of_its_file():
   assert claims.remedies() in (claims.DOCS / 'from_batchnorm.md').read_text()
+
+
+def test_the_table_of_effective_depths_is_that_of_its_file():
+  page = (claims.DOCS / 'how_it_works.md').read_text()
+  assert claims.effective_depths() in page
 
 
 def test_the_table_of_the_law_is_that_of_its_file():

@@ -127,15 +127,23 @@ def test_the_time_is_for_the_device_that_is_found(monkeypatch):
   )
 
 
-def test_before_runs_a_process_of_its_own_looks_for_the_device(monkeypatch):
-  expected = estimate.time_here(GRID)
+@pytest.mark.parametrize('study', ['depth', 'large_batch'])
+def test_before_runs_a_process_of_its_own_looks_for_the_device(
+  study, monkeypatch
+):
+  # The panels of large_batch hold functions, which no process can be sent.
+  _, grid = find_study(study, 'digits')
+  fields = {'log_every_steps': 7, 'epochs': 2.0} if study == 'depth' else {}
+  grid = dataclasses.replace(grid, overrides=fields)
+  expected = estimate.time_here(grid)
   assert 'CPU cores: roughly ' in expected
   monkeypatch.setattr(estimate, 'only_cpus', lambda: False)
   monkeypatch.setattr(jax, 'devices', lambda: pytest.fail('looked'))
-  assert estimate.time_of_runs(GRID) == expected
+  assert estimate.time_of_runs(grid, study, 'digits') == expected
   # What it meets stops no study.
   monkeypatch.setenv('JAX_PLATFORMS', 'abacus')
-  assert 'a time that is not known: ' in estimate.time_of_runs(GRID)
+  said = estimate.time_of_runs(grid, study, 'digits')
+  assert 'a time that is not known: ' in said
 
 
 def test_panels_are_counted_each_with_its_own_steps(no_compiler):

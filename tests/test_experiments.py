@@ -234,6 +234,7 @@ def test_the_first_rows_of_a_table_are_finished_first(monkeypatch, tmp_path):
     ('depth', 'seed', 'run'),
     ('depth', 'optimizer.learning_rate', 'run'),
     ('batch_size', 'epochs', 'budget'),
+    ('large_batch', 'optimizer.name', 'budget'),
   ],
 )
 def test_fields_that_a_study_varies_are_not_set_for_all(study, field, axis):
@@ -475,6 +476,40 @@ def tiny_study(monkeypatch, tmp_path):
   return ['depth', '--dataset=synthetic', '--workdir=study']
 
 
+def test_printed_commands_go_into_a_pipe_that_closes(tmp_path):
+  """As into `head -0`: no traceback, and nothing on standard error."""
+  command = [sys.executable, '-m', 'skipinit_jax.experiments', 'run', 'depth']
+  read, write = os.pipe()
+  os.close(read)
+  done = subprocess.run(
+    [*command, '--dataset=digits', '--engine=print'],
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    cwd=tmp_path,
+    stdout=write,
+    stderr=subprocess.PIPE,
+    text=True,
+    check=False,
+  )
+  os.close(write)
+  assert (done.returncode, done.stderr) == (0, '')
+
+
+def test_the_hours_are_said_at_the_first_start(
+  tiny_study, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(cli, 'run_study', lambda *_: [])
+  monkeypatch.setattr(cli, 'report', lambda *_: None)
+  said = r'^here: \d+ CPU cores: roughly .* with --jobs='
+  err = command(capsys, 'run', *tiny_study)[2]
+  assert re.search(said, err, re.MULTILINE)
+  # Not while it goes on: on a GPU that compiles for minutes.
+  grid = dataclasses.replace(GRID)
+  done = runs_at(grid, next(cells(grid)), grid.rates[0], TEST)
+  monkeypatch.setattr(cli, 'wanted', lambda *_: done)
+  err = command(capsys, 'run', *tiny_study)[2]
+  assert not re.search(said, err, re.MULTILINE)
+
+
 def test_a_study_from_the_command_line(tiny_study, tmp_path, capsys):
   shorter = '--config.epochs=2'
   status, _, err = command(capsys, 'status', *tiny_study)
@@ -487,6 +522,7 @@ def test_a_study_from_the_command_line(tiny_study, tmp_path, capsys):
   assert status == 0
   commands = out.splitlines()
   assert len(commands) == 4
+  assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
   assert all('--config.epochs=2.0' in c for c in commands)
   assert '4 commands; rates are chosen from these' in err
 
@@ -517,13 +553,15 @@ def test_a_study_from_the_command_line(tiny_study, tmp_path, capsys):
   assert status == 0, err
   assert 'batch: 16, 32' in err
   assert '3 runs to start with, 6 runs, ' in err
-  assert re.search(r'^here: \d+ CPU cores: roughly .* with --jobs=', err, re.M)
   assert err.count(', top-1 ') == 5
   assert out.strip() == 'study/report.html'
   assert (
     '6 of 6 runs done, 0 begun' in command(capsys, 'status', *tiny_study)[1]
   )
   # The report knows what the study was run with.
+  status, _, err = command(capsys, 'run', 'study', '--dataset=digits')
+  assert status == 2
+  assert 'study is the folder of a study, which says its data set' in err
   assert command(capsys, 'run', 'study')[0] == 0  # By its folder.
   (tmp_path / 'study' / 'report.html').unlink()
   assert command(capsys, 'report', *tiny_study)[0] == 0

@@ -114,6 +114,8 @@ def test_an_unknown_leaf_is_named_with_the_argument_that_settles_it(function):
   assert '\n' not in message
   with pytest.raises(InputError, match="other='no': expected 'decay' or"):
     function(PLAIN, other='no')
+  with pytest.raises(InputError, match="other='no': expected 'decay' or"):
+    function({'kernel': 0}, other='no')  # Where nothing is asked of it.
 
 
 @pytest.mark.parametrize('name', ['bias_2', 'kernels', 'my_alpha', 'Kernel'])

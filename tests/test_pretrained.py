@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import re
 import shutil
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 from benchmarks import pretrained as making
 from examples import export as example
 from skipinit_jax import load_pretrained, pretrained
+from skipinit_jax.analysis import __main__ as analysis
 from skipinit_jax.data import open_dataset
 from skipinit_jax.errors import InputError, RunError
 from skipinit_jax.pretrained import cards, pack, unpack
@@ -144,6 +144,24 @@ def test_a_name_stands_for_a_run(tmp_path, monkeypatch):
     load_run(name)
 
 
+def test_a_name_has_no_training_to_look_at(tmp_path, monkeypatch, capsys):
+  measured = []
+  monkeypatch.setattr(
+    analysis, 'measure', lambda kind, *_: measured.append(kind) or {}
+  )
+  for kind in analysis.KINDS.values():
+    monkeypatch.setattr(kind, 'draw', lambda *_: [])
+  flags = ['--checkpoint=digits-wrn16-nf', f'--out={tmp_path}']
+  monkeypatch.setattr('sys.argv', ['analysis', 'all', *flags])
+  analysis.main()
+  assert measured == [kind for kind in analysis.KINDS if kind != 'training']
+  monkeypatch.setattr('sys.argv', ['analysis', 'training', *flags])
+  with pytest.raises(SystemExit) as end:
+    analysis.main()
+  assert end.value.code == 2
+  assert 'digits-wrn16-nf: only its end is known' in capsys.readouterr().err
+
+
 def test_the_example_of_exports_ships_one(capsys):
   example.main()
   lines = capsys.readouterr().out.splitlines()
@@ -175,4 +193,3 @@ def test_page_has_the_table_of_the_cards():
   for name in NAMES:
     rates = cards()[name]['fields']['optimizer.learning_rate']
     assert rates == making.RATES[making.NAMES[name][1]]
-  assert re.findall(r'\{.*\}', making.table()) == []

@@ -225,7 +225,7 @@ def test_methods_are_compared_seed_by_seed(tmp_path):
     result['eval']['top1'] = top1
     path.write_text(json.dumps(result))
   findings = Findings(make_study(grid), grid, 'cifar10', tmp_path)
-  table = next(t for t in make_tables(findings) if 'less that' in t.caption)
+  table = next(t for t in make_tables(findings) if 'minus that' in t.caption)
   assert table.flat_heads == ['depth', 'SkipInit 0', 'Neither']
   # The differences are 3.0 and 2.8: .1 * 12.7 is 1.3.
   assert [entry.text for entry in table.rows[0]] == [
@@ -274,8 +274,8 @@ def test_the_fall_over_the_rows_stands_beside_what_remedies_regain(tmp_path):
   assert table.caption == 'What depth 100 costs and what regains it, a'
   assert [head for head, _ in table.heads] == [
     'method',
-    'depth 100 less depth 16',
-    'LARS, less without',
+    'depth 100 minus depth 16',
+    'LARS, minus without',
   ]
   behind = '\N{MINUS SIGN}3.5 ± 0.0\nbehind'
   assert texts_of(table) == [
@@ -329,7 +329,7 @@ def test_two_studies_stand_side_by_side(tmp_path):
       'cell',
       'first (%)',
       'second (%)',
-      'second less first',
+      'second minus first',
       'rate of first',
       'rate of second',
     ],

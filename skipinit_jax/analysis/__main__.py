@@ -45,7 +45,7 @@ from skipinit_jax.training.recipes import (
   parse_fields,
   set_fields,
 )
-from skipinit_jax.training.saved import Saved, load_run
+from skipinit_jax.training.saved import Saved, is_pretrained, load_run
 from skipinit_jax.training.timetable import make_timetable
 from skipinit_jax.variants import VARIANTS
 
@@ -117,7 +117,10 @@ def run(args: argparse.Namespace, texts: list[tuple[str, str]]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise unwritable(args.out, error) from None
-  for kind in KINDS if args.kind == 'all' else [args.kind]:
+  kinds = list(KINDS) if args.kind == 'all' else [args.kind]
+  if saved and is_pretrained(args.checkpoint) and args.kind == 'all':
+    kinds.remove('training')
+  for kind in kinds:
     start = time.perf_counter()
     print(f'{kind} ...', file=sys.stderr, flush=True)
     measured = measure(kind, config, args.out, checkpoint, saved)
@@ -145,6 +148,11 @@ def refuse_unused(args: argparse.Namespace, fields: Mapping[str, Any]) -> None:
     raise InputError(
       f'--checkpoint={args.checkpoint}: shattered has random networks of its '
       'own; expected no checkpoint, or another kind'
+    )
+  if kind == 'training' and is_pretrained(args.checkpoint):
+    raise InputError(
+      f'--checkpoint={args.checkpoint}: only its end is known; training '
+      'expected a run, or another kind'
     )
 
 

@@ -13,6 +13,7 @@ resumes a study that was stopped.
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 import types
@@ -67,6 +68,7 @@ from skipinit_jax.training.recipes import load_recipe, parse_fields
 from skipinit_jax.training.signals import handled_signals
 from skipinit_jax.variants import VARIANTS
 
+DATASET = 'digits'
 ENGINES = ('local', 'ray', 'print')
 
 Texts = list[tuple[str, str]]  # Fields that are set, and their values.
@@ -112,7 +114,7 @@ def parser() -> cli.Parser:
     action.set_defaults(call=call)
     studies = ', '.join(STUDIES)
     action.add_argument('study', help=f"{studies}, or a started study's folder")
-    action.add_argument('--dataset', default='digits')
+    action.add_argument('--dataset', help='by default digits')
     action.add_argument(
       '--workdir', type=cli.folder, help='by default runs/STUDY-DATASET'
     )
@@ -158,6 +160,7 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
   if is_started(args):
     study, grid, workdir = opened(args, texts)
   else:
+    args.dataset = args.dataset or DATASET
     study, grid = find_study(args.study, args.dataset)
     fields = parse_fields(load_recipe(grid.recipe), texts)
     check_overrides(grid, fields)
@@ -176,9 +179,13 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
   results = Results(workdir)
   left = wanted(grid, results)
   if args.engine == 'print':
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # As into `head`.
-    for each in left:
-      print(each.command(workdir))
+    try:
+      for each in left:
+        print(each.command(workdir))
+      sys.stdout.flush()
+    except BrokenPipeError:  # As into `head`; Python flushes again at its end.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return
     note = 'rates are chosen from these; then ask again for the tests'
     print(f'{len(left)} commands; {note}', file=sys.stderr)
     return
@@ -189,8 +196,9 @@ def run(args: argparse.Namespace, texts: Texts) -> None:
       workdir, args.address, args.gpus_per_run, args.cpus_per_run
     )
   else:
-    if left:
-      print(f'here: {time_of_runs(grid)}', file=sys.stderr)
+    if len(left) == len(known_runs(grid, results)):  # At the first start.
+      time = time_of_runs(grid, args.study, args.dataset)
+      print(f'here: {time}', file=sys.stderr)
     places = {cell: i for i, cell in enumerate(cells(grid))}
     engine = engines.local(workdir, args.jobs, lambda run: places[run.cell])
   with engine as submit:
@@ -282,9 +290,15 @@ def is_started(args: argparse.Namespace) -> bool:
 def opened(args: argparse.Namespace, texts: Texts) -> tuple[Study, Grid, Path]:
   """A started study, its grid with the overrides of that start, its folder."""
   if is_started(args):
+    if args.workdir or args.dataset:
+      raise InputError(
+        f'{args.study} is the folder of a study, which says its data set; '
+        'expected neither --dataset nor --workdir'
+      )
     args.workdir = Path(args.study)
     started = read_study(args.workdir)
     args.study, args.dataset = started['study'], started['dataset']
+  args.dataset = args.dataset or DATASET
   study, grid = find_study(args.study, args.dataset)
   workdir = study_folder(args)
   overrides = read_study(workdir)['overrides']

@@ -34,11 +34,13 @@ from skipinit_jax.experiments.grid import (
   make_run,
 )
 from skipinit_jax.experiments.selection import seeds_of
+from skipinit_jax.experiments.studies import find_study
 from skipinit_jax.experiments.words import duration
 from skipinit_jax.training.config import default_config
 from skipinit_jax.training.devices import only_cpus
 from skipinit_jax.training.network import build_model
 from skipinit_jax.training.recipes import set_fields
+from skipinit_jax.variants import Fields
 
 # Seconds of a CPU core, measured on the digits (large_batch): at least for a
 # layer of a step, for a run beside its steps, and for compiling what the runs
@@ -101,20 +103,31 @@ def time_here(grid: Grid) -> str:
   )
 
 
-def time_of_runs(grid: Grid) -> str:
+def time_of_runs(grid: Grid, study: str, dataset: str) -> str:
   """`time_here` before runs start, which need the device to themselves.
 
   A process of its own looks for the device: a TPU serves one process, and what
   a GPU's keeps is missing in the runs. Nothing that it meets stops a study.
+
+  Args:
+    grid: of the study.
+    study, dataset: where it is found, since grids hold functions, which can't
+      be sent.
   """
   if only_cpus():
     return time_here(grid)
   context = multiprocessing.get_context('spawn')
   try:
     with concurrent.futures.ProcessPoolExecutor(1, context) as process:
-      return process.submit(time_here, grid).result()
-  except (InputError, RuntimeError) as error:
+      asked = process.submit(_time_of, study, dataset, dict(grid.overrides))
+      return asked.result()
+  except Exception as error:
     return f'a time that is not known: {reason(error)}'
+
+
+def _time_of(study: str, dataset: str, overrides: Fields) -> str:
+  _, grid = find_study(study, dataset)
+  return time_here(dataclasses.replace(grid, overrides=overrides))
 
 
 def time_on(grid: Grid, name: str) -> str:

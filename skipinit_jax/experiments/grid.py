@@ -173,12 +173,7 @@ def make_run(grid: Grid, cell: Cell, rate: int, seed: int, split: str) -> Run:
     grid.rows.values[cell.row],
     grid.panels.values[cell.panel],
     VARIANTS[cell.column].fields,
-    {
-      'optimizer.learning_rate': grid.unit * 2.0**rate,
-      'seed': seed,
-      'data.validation': grid.validation if split == VALIDATION else 0,
-      'diverged_status': 0,
-    },
+    _of_run(grid, rate, seed, split),
     grid.test_fields if split == TEST else {},
     grid.overrides,
   ):
@@ -189,23 +184,33 @@ def make_run(grid: Grid, cell: Cell, rate: int, seed: int, split: str) -> Run:
   return Run(cell, rate, seed, split, grid.recipe, fields)
 
 
-# What the tool itself sets for each run.
-TUNED = ('optimizer.learning_rate', 'seed', 'data.validation')
+def _of_run(grid: Grid, rate: int, seed: int, split: str) -> dict[str, Any]:
+  """What the tool itself sets for each run."""
+  return {
+    'optimizer.learning_rate': grid.unit * 2.0**rate,
+    'seed': seed,
+    'data.validation': grid.validation if split == VALIDATION else 0,
+    'diverged_status': 0,
+  }
 
 
 def check_overrides(grid: Grid, fields: Fields) -> None:
   """Raises InputError for fields that differ between a study's cells."""
   columns = [VARIANTS[name].fields for name in grid.columns]
-  of = {'run': {*TUNED}, 'method': {f for each in columns for f in each}}
-  for axis in (grid.rows, grid.panels):
+  of = {
+    'run': {*_of_run(grid, 0, 0, TEST)},
+    'method': {f for each in columns for f in each},
+    grid.panels.name: {f for each in grid.panels.values.values() for f in each},
     # What one row alone has, such as fewer epochs, may be set for all.
-    of[axis.name] = {*fields}.intersection(*axis.values.values())
+    grid.rows.name: {*fields}.intersection(*grid.rows.values.values()),
+  }
   for name, varied in of.items():
-    for field in {*fields} & varied:
-      raise InputError(
-        f'{field} is set by this study for each {name}; set for all runs, it '
-        'would make them the same'
-      )
+    for field in fields:
+      if field in varied:
+        raise InputError(
+          f'{field} is set by this study for each {name}; expected a field '
+          'that is the same for all'
+        )
 
 
 def _text(value: Any) -> str:

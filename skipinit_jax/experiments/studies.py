@@ -198,7 +198,7 @@ DEPTH = Study(
 
 HEADLINE = Study(
   name='headline',
-  title='Accuracy against depth, in half an hour',
+  title='Accuracy against depth, the short version',
   question='Depth without its shallow and its slow rows: do the same networks '
   'train and fail?',
   grids=on_small(

@@ -94,7 +94,7 @@ def side_by_side(ours: Findings, theirs: Findings) -> Table:
     for cell in common
   ]
   first, second = ours.workdir.name, theirs.workdir.name
-  heads = ('cell', f'{first} (%)', f'{second} (%)', f'{second} less {first}')
+  heads = ('cell', f'{first} (%)', f'{second} (%)', f'{second} minus {first}')
   heads += (f'rate of {first}', f'rate of {second}')
   notes = [PAIRED]
   for each, other in ((ours, theirs), (theirs, ours)):
@@ -153,7 +153,7 @@ def _differences(findings: Findings, panel: str) -> Iterator[Table]:
     )
   label = VARIANTS[first].label
   yield Table(
-    _title(panel, f'Test accuracy less that of {label}, in points'),
+    _title(panel, f'Test accuracy minus that of {label}, in points'),
     [(grid.rows.name, ()), *((VARIANTS[c].label, ()) for c in others)],
     rows,
     [PAIRED],
@@ -183,8 +183,8 @@ def _regained(findings: Findings) -> Iterator[Table]:
         _title(panel, f'What {name} {last} costs and what regains it'),
         [
           ('method', ()),
-          (f'{name} {last} less {name} {first}', ()),
-          *((f'{remedy}, less without', ()) for remedy in remedies),
+          (f'{name} {last} minus {name} {first}', ()),
+          *((f'{remedy}, minus without', ()) for remedy in remedies),
         ],
         rows,
         [f'In points of test accuracy. {PAIRED}'],
@@ -281,7 +281,7 @@ def _comparison(findings: Findings, panel: str) -> Table:
   heads = ('cell', 'ours (%)', 'published (%)', 'difference')
   heads += ('our rate', 'published rate')
   notes = [
-    f'Published: {study.source}. Difference: ours less theirs, with the '
+    f'Published: {study.source}. Difference: ours minus theirs, with the '
     'standard error of both.'
   ]
   if any('*' in entry.text for row in rows for entry in row):

@@ -69,10 +69,10 @@ def check_scalar(field: str, value: Any) -> None:
 
   A whole number from 2 on is taken for features, which layers have there.
   """
-  if isinstance(value, int) and abs(value) > 1:
+  if isinstance(value, numbers.Integral) and int(value) > 1:
     raise InputError(
-      f'{field}={value}: expected how large alpha starts, such as 0.0 or 0.25; '
-      'SkipInit does not take a number of features'
+      f'{field}={value}: expected how large alpha starts, such as 0.0 or 0.25, '
+      'not a number of features'
     )
   if isinstance(value, numbers.Real) and math.isfinite(value):
     return

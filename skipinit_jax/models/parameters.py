@@ -42,14 +42,18 @@ def param_labels(params: Any, *, other: str | None = None) -> Any:
   >>> param_labels({'block1': {'conv2': {'alpha': 0, 'kernel': 0}}})
   {'block1': {'conv2': {'alpha': 'alpha', 'kernel': 'kernel'}}}
   """
+  _check_other(other)
   labels = [_label(names, other) for names, _ in named_leaves(params)]
   return jax.tree.unflatten(jax.tree.structure(params), labels)
 
 
-def _label(names: tuple[str, ...], other: str | None) -> str:
-  """The label of the leaf at the end of these names."""
+def _check_other(other: str | None) -> None:
   if other not in (None, 'decay', 'no_decay'):
     raise InputError(f"other={other!r}: expected 'decay' or 'no_decay'")
+
+
+def _label(names: tuple[str, ...], other: str | None) -> str:
+  """The label of the leaf at the end of these names."""
   leaf = names[-1] if names else ''
   if leaf in LEAVES:
     return leaf
@@ -104,10 +108,11 @@ def decay_mask(
   Raises:
     InputError: an unknown leaf name in `decay`; see also `param_labels`.
   """
+  _check_other(other)
   decay = {decay} if isinstance(decay, str) else {*decay}
   paths = [names for names, _ in named_leaves(params)]
   known = {*LEAVES, *(names[-1] for names in paths if names)}
-  for name in decay - known:
+  for name in sorted(decay - known):
     raise InputError(unknown('leaf name in decay', name, sorted(known)))
   leaves = {(name,) for name in decay}
   mask = [

@@ -123,13 +123,13 @@ class ResNet(nn.Module):
       is None; float32 unless the parameters are wider.
 
     Raises:
-      InputError: images of another rank or dtype, without pixels, or whose
-        channels come first, an unknown method or dtype, impossible sizes,
-        parameters of a scanned network in an unrolled one or the reverse, or
-        choices that exclude each other: 'crelu' or no skip paths with Fixup's
-        blocks or `nf`; 'looks_linear' without 'crelu'; no skip paths where the
-        branches start at zero; an alpha of 0 where the last kernels start at
-        zero too.
+      InputError: images of another rank or dtype, without pixels, or whose 3
+        or 1 channels come before a square; an unknown method or dtype,
+        impossible sizes, parameters of a scanned network in an unrolled one or
+        the reverse, or choices that exclude each other: 'crelu' or no skip
+        paths with Fixup's blocks or `nf`; 'looks_linear' without 'crelu'; no
+        skip paths where the branches start at zero; an alpha of 0 where the
+        last kernels start at zero too.
     """
     self._check(images)
     method = resolve_method(self.method, self.alpha)

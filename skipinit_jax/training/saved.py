@@ -70,7 +70,7 @@ def find_checkpoint(
   """The config, the folder, and the step of a checkpoint; None: the newest.
 
   Args:
-    checkpoint: see `load_run`.
+    checkpoint: the folder of a run, or one of its `checkpoints/STEP`.
 
   Raises:
     InputError: the folder holds no run, or no such checkpoint.
@@ -97,6 +97,13 @@ def find_checkpoint(
   return config, workdir, step
 
 
+def is_pretrained(checkpoint: os.PathLike | str | None) -> bool:
+  """Whether it is the name of a network in the package, and of no folder."""
+  if checkpoint is None or os.path.exists(checkpoint):
+    return False
+  return checkpoint in cards()
+
+
 def load_run(checkpoint: os.PathLike | str) -> Saved:
   """Loads the network of a checkpoint, or one that comes with the package.
 
@@ -110,7 +117,7 @@ def load_run(checkpoint: os.PathLike | str) -> Saved:
       it is of another network, or the checkpoint of another run.
     RunError: the checkpoint is damaged, or can't be read at present.
   """
-  if checkpoint in cards() and not os.path.exists(checkpoint):
+  if is_pretrained(checkpoint):
     return _pretrained(os.fspath(checkpoint))
   config, workdir, step = find_checkpoint(checkpoint)
   data = open_dataset(config.data)

@@ -7,7 +7,7 @@ from jax._src import distributed
 
 from skipinit_jax.cli import STUCK, leave
 
-STANDSTILL = 5  # Pauses between two looks: meanwhile nothing ran at all.
+STANDSTILL = 2  # Pauses between two looks: meanwhile nothing ran at all.
 
 
 class Watchdog:
