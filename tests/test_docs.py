@@ -111,7 +111,7 @@ def parse_training(command, arguments):
 def parse_study(arguments):
   args, texts = experiments.parser().parse_with_fields(arguments)
   if args.action != 'list':
-    _, grid = find_study(args.study, args.dataset)
+    _, grid = find_study(args.study, args.dataset or experiments.DATASET)
     parse_fields(load_recipe(grid.recipe), texts)
 
 

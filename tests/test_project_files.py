@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 URL = PROJECT['urls']['Repository']
 TOOLS = {'pip', 'python', 'ruff', 'basedpyright', 'pytest', 'zensical'}
-TOOLS |= {'twine', 'cp'}
+TOOLS |= {'twine', 'cp', 'echo'}
 
 
 def load(name):
