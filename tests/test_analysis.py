@@ -117,6 +117,18 @@ def test_along_training_are_the_sums_of_shares_and_the_eigenvalues(watched):
   assert (found['eigenvalue'] > 0).all()
 
 
+def test_eigenvalues_of_very_deep_networks_are_left_out(
+  watched, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(along_training, 'DEEPEST', TINY['model.depth'] - 1)
+  measured = along_training.measure({'skipinit': watched})
+  found = measured['skipinit']
+  assert found['effective_depth'].size == 6
+  assert found['eigenvalue'].size == found['limit'].size == 0
+  assert along_training.draw(measured, tmp_path)
+  assert (tmp_path / 'along_training.md').read_text().endswith('| - | - |\n')
+
+
 def test_the_table_along_training_has_the_first_and_the_last():
   found = {
     'epoch': [0.0, 1.0, 2.0],

@@ -19,8 +19,10 @@ from skipinit_jax.errors import InputError
 from skipinit_jax.training.checkpoints import FOLDER, saved_steps
 from skipinit_jax.training.metrics import read_metrics
 from skipinit_jax.training.optimizer import make_schedule, peak_rate
-from skipinit_jax.training.saved import Saved, load_run
+from skipinit_jax.training.saved import Saved, config_of, load_run
 from skipinit_jax.variants import VARIANTS
+
+DEEPEST = 400  # Layers; of more, an eigenvalue takes ten minutes on two cores.
 
 Measured = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -40,7 +42,8 @@ def measure(
     `checkpoint_epoch`, `eigenvalue` and `error` (see
     `curvature.largest_eigenvalue`), and `limit`, the eigenvalue below which
     gradient descent with the run's rate and momentum is stable on a quadratic,
-    2 (1 + momentum) / rate; all (checkpoints,).
+    2 (1 + momentum) / rate; all (checkpoints,), or (0,) of a network with more
+    than DEEPEST layers.
 
   Raises:
     InputError: a folder without a run, or one that did not watch.
@@ -71,7 +74,8 @@ def eigenvalues(
 ) -> dict[str, np.ndarray]:
   """The arrays of `measure` that have a row for every checkpoint."""
   rows, loss = [], None
-  for step in saved_steps(workdir):
+  deep = config_of(workdir).model.depth > DEEPEST
+  for step in () if deep else saved_steps(workdir):
     run = load_run(workdir / FOLDER / str(step))
     if loss is None:  # Compiled once.
       loss = training_loss(run.model, run.data, images)
@@ -95,7 +99,8 @@ def _limit(run: Saved) -> float:
 def table(measured: Measured) -> str:
   """The first and the last of the arrays of `measure` as a Markdown table.
 
-  The last is followed by its epoch; what is not finite is a dash.
+  The last is followed by its epoch; what is not finite, or was not measured, is
+  a dash.
   """
   rows = []
   for method, found in measured.items():
@@ -105,6 +110,9 @@ def table(measured: Measured) -> str:
       ('eigenvalue', 'checkpoint_epoch'),
     ):
       values = np.asarray(found[name], np.float64)  # None, of JSON, is NaN.
+      if not values.size:
+        row += ['-', '-']
+        continue
       first, last = (
         f'{v:.3g}' if np.isfinite(v) else '-' for v in values[[0, -1]]
       )
