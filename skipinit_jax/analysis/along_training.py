@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from etils import epath
+from matplotlib.axes import Axes
 
 from skipinit_jax import markdown, plotting
 from skipinit_jax.analysis.curvature import largest_eigenvalue, training_loss
@@ -132,30 +133,44 @@ def draw(measured: Measured, out: Path) -> list[Path]:
   """
   out.mkdir(parents=True, exist_ok=True)
   (out / 'along_training.md').write_text(table(measured))
-  figure, (depths, eigenvalues) = plotting.new_figure(2, height=5, sharex=True)
+  known = any(found['eigenvalue'].size for found in measured.values())
+  height = 5 if known else None
+  figure, axes = plotting.new_figure(1 + known, height=height, sharex=True)
   for method, found in measured.items():
-    style = plotting.line_style(method)
-    label = VARIANTS[method].label
-    depths.plot(found['epoch'], found['effective_depth'], label=label, **style)
+    axes[0].plot(
+      found['epoch'],
+      found['effective_depth'],
+      label=VARIANTS[method].label,
+      **plotting.line_style(method),
+    )
+  axes[0].set_ylabel('effective depth (branches)')
+  axes[0].set_ylim(bottom=0)
+  axes[-1].set_xlabel('epoch')
+  handles, labels = axes[0].get_legend_handles_labels()
+  if known:
+    _draw_eigenvalues(axes[1], measured)
+    handles.append(plotting.handle(color='gray', linewidth=0.8))
+    labels.append('limit at the rate')
+  plotting.legend(figure, handles, labels, columns=2)
+  return plotting.save(figure, out, 'training')
+
+
+def _draw_eigenvalues(axes: Axes, measured: Measured) -> None:
+  for method, found in measured.items():
     at = found['checkpoint_epoch']
     if (good := np.isfinite(found['eigenvalue'])).any():
-      eigenvalues.plot(
+      axes.plot(
         at[good],
         found['eigenvalue'][good],
         markersize=4,
         **plotting.marked_style(method),
       )
-    finite = np.isfinite(found['limit'])
-    eigenvalues.plot(
-      at[finite], found['limit'][finite], linewidth=0.8, zorder=1, **style
+    axes.plot(
+      at[finite := np.isfinite(found['limit'])],
+      found['limit'][finite],
+      linewidth=0.8,
+      zorder=1,
+      **plotting.line_style(method),
     )
-  depths.set_ylabel('effective depth (branches)')
-  depths.set_ylim(bottom=0)
-  plotting.log_axis(eigenvalues)
-  eigenvalues.set_ylabel('largest eigenvalue')
-  eigenvalues.set_xlabel('epoch')
-  handles, labels = depths.get_legend_handles_labels()
-  handles.append(plotting.handle(color='gray', linewidth=0.8))
-  labels.append('limit at the rate')
-  plotting.legend(figure, handles, labels, columns=2)
-  return plotting.save(figure, out, 'training')
+  plotting.log_axis(axes)
+  axes.set_ylabel('largest eigenvalue')
