@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -566,6 +567,11 @@ def test_a_study_from_the_command_line(tiny_study, tmp_path, capsys):
   (tmp_path / 'study' / 'report.html').unlink()
   assert command(capsys, 'report', *tiny_study)[0] == 0
   assert 'epochs=2.0' in (tmp_path / 'study' / 'report.html').read_text()
+  # Beside another, by its folder.
+  shutil.copytree(tmp_path / 'study', tmp_path / 'other')
+  for name, *flags in (['study'], tiny_study):
+    status, out, err = command(capsys, 'report', name, 'other', *flags)
+    assert (status, out.strip()) == (0, 'study/comparison.html'), err
 
 
 @pytest.mark.parametrize(

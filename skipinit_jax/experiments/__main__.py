@@ -252,7 +252,9 @@ def report(args: argparse.Namespace, texts: Texts) -> None:
     print(write_report(study, grid, args.dataset, workdir))
     return
   ours = Findings(study, grid, args.dataset, workdir)
-  args.study, args.workdir = other, None
+  # A folder says its own data set; another study has that of the first.
+  dataset = args.dataset if other in STUDIES else None
+  args.study, args.workdir, args.dataset = other, None, dataset
   study, grid, workdir = opened(args, [])
   print(write_comparison(ours, Findings(study, grid, args.dataset, workdir)))
 
