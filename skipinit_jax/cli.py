@@ -1,19 +1,21 @@
 """What the command lines share: statuses, one-line errors, flags, Ctrl-C.
 
 Importing this, as the package does before anything slow, makes a Ctrl-C end a
-command of this package in one line with status 130 while it still imports.
-Nothing changes where another program imports the package.
+command of this package in one line with status 130 while it still imports, and
+a package that is missing end it in one line with status 2. Nothing changes
+where another program imports this one.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 from skipinit_jax.errors import InputError, RunError, check_folder, nearest
@@ -191,8 +193,19 @@ def _leave_while_starting(number: int, frame: FrameType | None) -> None:
   os._exit(SIGNALED + number)
 
 
-if (
-  _is_command(sys.argv, sys.orig_argv)
-  and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-  signal.signal(signal.SIGINT, _leave_while_starting)
+def _name_what_is_missing(
+  kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+  """Ends a command in one line if an extra was not installed."""
+  if isinstance(error, ModuleNotFoundError) and error.name:
+    missing = error.name.partition('.')[0]
+    if importlib.util.find_spec(missing) is None:
+      line = f"{missing} is not installed: pip install 'skipinit-jax[train]'"
+      leave(f'error: {line}', BAD_INPUT)
+  sys.__excepthook__(kind, error, trace)
+
+
+if _is_command(sys.argv, sys.orig_argv):
+  sys.excepthook = _name_what_is_missing
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _leave_while_starting)

@@ -130,3 +130,37 @@ def test_no_memory_is_one_line_with_a_remedy(tmp_path, message, line):
   )
   assert done.returncode == 1, done.stderr
   assert done.stderr == f'error: {line}\n'
+
+
+def without(module, folder, *command):
+  """A command where this module can't be imported."""
+  (folder / 'sitecustomize.py').write_text(
+    f'import sys; sys.modules[{module!r}] = None'
+  )
+  return subprocess.run(
+    [sys.executable, *command],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(folder)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize(
+  'command', [['train.py'], ['-m', 'skipinit_jax.experiments', 'list']]
+)
+def test_a_package_that_is_missing_is_one_line(command, tmp_path):
+  done = without('ml_collections', tmp_path, *command)
+  assert (done.returncode, done.stderr) == (
+    2,
+    'error: ml_collections is not installed: pip install '
+    "'skipinit-jax[train]'\n",
+  )
+
+
+def test_a_module_that_an_installed_package_lacks_is_a_traceback(tmp_path):
+  done = without('tqdm.std', tmp_path, '-m', 'skipinit_jax.experiments', 'list')
+  assert done.returncode == 1
+  assert 'Traceback' in done.stderr
+  assert 'is not installed' not in done.stderr

@@ -254,7 +254,7 @@ def report(args: argparse.Namespace, texts: Texts) -> None:
   ours = Findings(study, grid, args.dataset, workdir)
   # A folder says its own data set; another study has that of the first.
   dataset = args.dataset if other in STUDIES else None
-  args.study, args.workdir, args.dataset = other, None, dataset
+  vars(args).update(study=other, workdir=None, dataset=dataset)
   study, grid, workdir = opened(args, [])
   print(write_comparison(ours, Findings(study, grid, args.dataset, workdir)))
 
