@@ -49,14 +49,16 @@ class Watchdog:
   def _watch(self) -> None:
     published, looked = None, time.monotonic()
     pause = min(1.0, self._seconds / 4, self._at_start / 4)
-    while not self._done.wait(pause):
-      before, looked = looked, time.monotonic()
-      if looked - before > STANDSTILL * pause:
-        self._last = looked
+    while True:
       beat = self._step, self._last
       if beat != published:
         _publish(_progress(self._step))
         published = beat
+      if self._done.wait(pause):
+        return
+      before, looked = looked, time.monotonic()
+      if looked - before > STANDSTILL * pause:
+        self._last = looked
       silence = time.monotonic() - self._last
       if silence > (self._at_start if self._step is None else self._seconds):
         line = f'no progress for {silence:.0f} s {_progress(self._step)}'
