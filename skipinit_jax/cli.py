@@ -18,7 +18,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from skipinit_jax.errors import InputError, RunError, check_folder, nearest
+from skipinit_jax.errors import (
+  InputError,
+  RunError,
+  check_folder,
+  nearest,
+  not_installed,
+)
 
 # Exit statuses. A run that diverged has that of its recipe's diverged_status.
 FAILED, BAD_INPUT = 1, 2
@@ -200,8 +206,7 @@ def _name_what_is_missing(
   if isinstance(error, ModuleNotFoundError) and error.name:
     missing = error.name.partition('.')[0]
     if importlib.util.find_spec(missing) is None:
-      line = f"{missing} is not installed: pip install 'skipinit-jax[train]'"
-      leave(f'error: {line}', BAD_INPUT)
+      leave(f'error: {not_installed(missing)}', BAD_INPUT)
   sys.__excepthook__(kind, error, trace)
 
 

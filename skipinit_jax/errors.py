@@ -35,6 +35,11 @@ def unwritable(
   return kind(f'can not write to {folder}: {reason(error)}')
 
 
+def not_installed(module: str, extra: str = 'train') -> str:
+  """The line for a module that an extra installs."""
+  return f"{module} is not installed: pip install 'skipinit-jax[{extra}]'"
+
+
 def reason(error: BaseException) -> str:
   """What an error says, without paths and all that follows a line break."""
   if isinstance(error, OSError) and error.strerror:

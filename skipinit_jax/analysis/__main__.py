@@ -118,7 +118,7 @@ def run(args: argparse.Namespace, texts: list[tuple[str, str]]) -> None:
   except OSError as error:
     raise unwritable(args.out, error) from None
   kinds = list(KINDS) if args.kind == 'all' else [args.kind]
-  if saved and is_pretrained(args.checkpoint) and args.kind == 'all':
+  if args.kind == 'all' and is_pretrained(args.checkpoint):
     kinds.remove('training')
   for kind in kinds:
     start = time.perf_counter()

@@ -4,7 +4,7 @@ import functools
 import importlib
 from types import ModuleType
 
-from skipinit_jax.errors import InputError
+from skipinit_jax.errors import InputError, not_installed
 
 
 @functools.cache
@@ -17,6 +17,4 @@ def require(name: str, extra: str = 'train') -> ModuleType:
   try:
     return importlib.import_module(name)
   except ModuleNotFoundError as error:
-    raise InputError(
-      f"{error.name} is not installed: pip install 'skipinit-jax[{extra}]'"
-    ) from None
+    raise InputError(not_installed(str(error.name), extra)) from None

@@ -1,10 +1,11 @@
 """Training: `train(config, workdir)` and the fields of a recipe."""
 
+from skipinit_jax.errors import not_installed
+
 try:
   from skipinit_jax.training.config import default_config as default_config
   from skipinit_jax.training.loop import train as train
 except ModuleNotFoundError as error:
   raise ModuleNotFoundError(
-    f"{error.name} is not installed: pip install 'skipinit-jax[train]'",
-    name=error.name,
+    not_installed(str(error.name)), name=error.name
   ) from None
